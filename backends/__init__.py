@@ -1,18 +1,19 @@
 """Framework-native kernels of RWR attention, one subpackage a framework.
 
 Installed as `keras_rwr.backends`. This package knows no Keras and imports nothing from the rest of
-`keras_rwr`: pure tensors of one framework go in, pure tensors come out. `keras_rwr.dispatch` reaches
-a subpackage by its name, and imports it only when its framework is the active Keras backend.
+`keras_rwr`: pure tensors of one framework go in, pure tensors come out. `keras_rwr.dispatch`
+reaches a subpackage by its name, and imports it only when its framework is the active backend.
 
 A subpackage (`torch`, `jax`, `tensorflow`) offers
 
-- `supports(spec) -> str | None`: a pure function of a call's device, dtype, static shapes and options.
-  `None` means that the kernels can run the call, a string is the reason why they cannot. It
-  compiles nothing, allocates nothing, and never tries a kernel to see whether it raises.
+- `supports(spec) -> str | None`: a pure function of a call's device, dtype, static shapes and
+  options. `None` means that the kernels can run the call, a string is the reason why they cannot.
+  It compiles nothing, allocates nothing, and never tries a kernel to see whether it raises.
 - `rwr_attention(query, key, value, config, *, lens_strength, concentration, discoverability,
   padding_mask, seed, neighbors, graph)`: the differentiable operation on the framework's own
-  tensors, `(B, S, N, H)` in and `(B, S, N, V)` out. `neighbors`, the numbers of the key blocks that
-  each query links to, were chosen outside, so that no two implementations differ at a near-tie.
+  tensors, `(B, S, N, H)` in and `(B, S, N, V)` out. `neighbors`, the numbers of the key blocks
+  that each query links to, were chosen outside, so that no two implementations differ at a
+  near-tie.
 
 Subpackages never import one another, and importing `keras_rwr` imports none of them.
 """

@@ -21,7 +21,7 @@ def far_dot(query, blocks, key, block):
     @_checkpoint
     def dot(table, rows, queries):
         keys = ops.reshape(ops.take(table, rows, axis=0), shape)
-        return ops.einsum("rkf,rf->rk", keys, queries)
+        return ops.einsum("rf,rkf->rk", queries, keys)
 
     result = map_chunks(
         lambda chunk: dot(table, *chunk), (_table_rows(blocks, block), _rows(query)), _chunk(shape)

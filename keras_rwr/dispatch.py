@@ -7,17 +7,21 @@ import importlib.util
 import keras
 from keras import ops
 
+from keras_rwr import portable, reference
 from keras_rwr.config import RWRConfig
 
-# Name -> (module, backend that it belongs to or None), fastest first. Modules are imported only
-# when their backend is the active one and a call may use them.
-IMPLEMENTATIONS = {
+# Kernels: name -> (module, the backend they are for), imported only when a call may use them.
+KERNELS = {
     "triton": ("keras_rwr.backends.torch", "torch"),
     "pallas": ("keras_rwr.backends.jax", "jax"),
     "xla": ("keras_rwr.backends.tensorflow", "tensorflow"),
-    "portable": ("keras_rwr.portable", None),
-    "reference": ("keras_rwr.reference", None),
 }
+# All implementations, fastest first.
+IMPLEMENTATIONS = (*KERNELS, "portable", "reference")
+
+# Both are filled outside of calls where possible: a call may be traced by a compiler.
+_loaded = {"portable": portable, "reference": reference}
+_shipped = {name for name, (module, _) in KERNELS.items() if importlib.util.find_spec(module)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +75,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    query_shape, value_shape=None, dtype=None, device=None, has_graph=False, **options
-):
+def explain(query_shape, value_shape=None, dtype=None, device=None, has_graph=False, **options):
     """Tells which implementation `rwr_attention` would choose for a call.
 
     Args:
@@ -120,7 +122,7 @@ def choose(spec, implementation=None):
             replaced by another.
 
     Returns:
-        String, a key of `IMPLEMENTATIONS`.
+        String, one of `IMPLEMENTATIONS`.
 
     Raises:
         NotImplementedError: If the named implementation cannot run the call.
@@ -139,7 +141,9 @@ def choose(spec, implementation=None):
 
 def load(name):
     """The module of an implementation, with `rwr_attention` and `supports`."""
-    return importlib.import_module(IMPLEMENTATIONS[name][0])
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(KERNELS[name][0])
+    return _loaded[name]
 
 
 def check_implementation(implementation):
@@ -167,10 +171,10 @@ def current_device(x=None):
 
 
 def _refusal(name, spec):
-    module, backend = IMPLEMENTATIONS[name]
-    if backend is not None:
+    if name in KERNELS:
+        backend = KERNELS[name][1]
         if backend != spec.backend:
             return f"it needs the {backend} backend"
-        if importlib.util.find_spec(module) is None:
+        if name not in _shipped:
             return f"this version of keras_rwr has no {name} kernels"
     return load(name).supports(spec)

@@ -235,7 +235,7 @@ class SparseGraph:
         blocks: `None` or int tensor `(B, N, padded_size, K / neighbor_block)`, the key blocks that
             each query chose; -1 for none.
         far: `None` or tensor `(B, N, padded_size, K)`, weights of the edges to their tokens.
-        back: `None` or tensor `(B, N, padded_size, K)`, weights of the same edges from key to query.
+        back: `None` or tensor `(B, N, padded_size, K)`, weights of these edges from key to query.
         mirror: `None` or function without arguments that returns the local part of `W^T`.
         padded_degree: `None` or tensor `(B, N, padded_size)`, the row sums D before normalisation.
         stationary: `None` or tensor `(B, N, padded_size)`, the stationary weights `g D`.

@@ -355,9 +355,7 @@ def token_importance(
         if discoverability is not None:
             bias = key_bias(key, discoverability)
         neighbors = graphs.select_neighbors(query, key, config, padding_mask)
-        graph = graphs.transition(
-            query, key, config, concentration, padding_mask, neighbors, bias
-        )
+        graph = graphs.transition(query, key, config, concentration, padding_mask, neighbors, bias)
     else:
         check_graph(graph, query, config)
     _, _, valid = prepare(query, key, padding_mask)

@@ -118,9 +118,7 @@ def windowed_attention(query, key, value, valid, config, bias=None, seed=None):
     total = ops.sum(weights, -1, keepdims=True)
     if seed is not None and config.dropout > 0.0:
         rows = ops.reshape(ops.arange(tiling.padded_size, dtype="int32"), (-1, tiling.tile, 1))
-        keep = keep_mask(
-            seed, config.dropout, *ops.shape(query)[:2], rows, rows + tiling.offsets()
-        )
+        keep = keep_mask(seed, config.dropout, *ops.shape(query)[:2], rows, rows + tiling.offsets())
         weights = ops.where(keep, weights / (1.0 - config.dropout), 0.0)
     output = ops.matmul(weights, band(value)) / ops.where(total > 0, total, 1.0)
     return tiling.cut(tiling.join(output))

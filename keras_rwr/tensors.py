@@ -18,8 +18,7 @@ def check_shapes(query, key, value=None, padding_mask=None):
     for name, x in named.items():
         if len(x.shape) != 4:
             raise ValueError(
-                f"`{name}` must have shape (B, S, N, H). "
-                f"Received: {name} of shape {tuple(x.shape)}"
+                f"`{name}` must have shape (B, S, N, H). Received: {name} of shape {tuple(x.shape)}"
             )
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
             raise TypeError(f"`{name}` must be of a float dtype. Received: {name} of {x.dtype}")
@@ -46,9 +45,7 @@ def check_shapes(query, key, value=None, padding_mask=None):
 def compatible(shape, expected):
     """Whether two shapes agree wherever both are known."""
     pairs = zip(shape, expected, strict=True)
-    return all(
-        a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int)
-    )
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def prepare(query, key, padding_mask):

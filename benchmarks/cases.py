@@ -1,0 +1,82 @@
+"""What is measured: one attention call, its options and its inputs."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+LEVELS = ("layer", "op")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention call.
+
+    Args:
+        tokens: Int, sequence length S.
+        level: String. `"layer"` measures a layer with its projections, `(B, S, N H)` in and out;
+            `"op"` measures attention of given queries, keys and values, `(B, S, N, H)`.
+        batch: Int, B.
+        heads: Int, N.
+        head_size: Int, H.
+        dtype: String, what attention gets and returns. Layers keep their weights in float32.
+        is_causal: Bool.
+        gradients: Bool. Whether the backward pass takes part.
+        options: Dict of the options of `keras_rwr.RWRAttention`; dense peers do not look at it.
+    """
+
+    tokens: int
+    level: str = "layer"
+    batch: int = 1
+    heads: int = 4
+    head_size: int = 64
+    dtype: str = "float32"
+    is_causal: bool = True
+    gradients: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def width(self):
+        """Features of a layer's input, N H."""
+        return self.heads * self.head_size
+
+    @property
+    def shape(self):
+        """`(B, S, N, H)`."""
+        return (self.batch, self.tokens, self.heads, self.head_size)
+
+    def small(self):
+        """The same call on few tokens, still with most of them outside the window."""
+        window = self.options.get("window", 128)
+        return dataclasses.replace(self, tokens=3 * window + 5)
+
+
+def make_inputs(case):
+    """Inputs by name, as float32 arrays of order 1, the same for all peers.
+
+    Args:
+        case: `Case`.
+
+    Returns:
+        A dict with "query", "key", "value" of shape `(B, S, N, H)` and "discoverability" of shape
+        `(N, H)` for an op; "x" of shape `(B, S, N H)` and the projections' weights, named as
+        `keras.layers.MultiHeadAttention` names them, for a layer; "cotangent" of the shape of the
+        output for both.
+    """
+    rng = np.random.default_rng(20061)
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype("float32")
+
+    if case.level == "op":
+        inputs = {name: normal(*case.shape) for name in ("query", "key", "value", "cotangent")}
+        inputs["discoverability"] = normal(case.heads, case.head_size, scale=0.1)
+        return inputs
+    inputs = {name: normal(case.batch, case.tokens, case.width) for name in ("x", "cotangent")}
+    scale = case.width**-0.5
+    for name in ("query", "key", "value"):
+        inputs[f"{name}/kernel"] = normal(case.width, case.heads, case.head_size, scale=scale)
+        inputs[f"{name}/bias"] = normal(case.heads, case.head_size, scale=0.1)
+    inputs["attention_output/kernel"] = normal(case.heads, case.head_size, case.width, scale=scale)
+    inputs["attention_output/bias"] = normal(case.width, scale=0.1)
+    return inputs

@@ -1,0 +1,281 @@
+"""What is measured side by side. `register` adds to it; benchmarks/README.md says how."""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+import keras_rwr
+from benchmarks import frameworks
+from benchmarks.cases import Case
+from keras_rwr.config import RWRConfig
+from keras_rwr.dispatch import IMPLEMENTATIONS
+
+# The peers that say what is right: every other one is compared with that of its definition.
+DEFINITIONS = {"rwr": "rwr-reference", "dense": "dense-formula"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One way to compute attention.
+
+    Args:
+        name: String, unique among the peers of a level.
+        description: String, what runs.
+        level: String, `"layer"` or `"op"`: what it takes, see `Case`.
+        definition: String, a key of `DEFINITIONS`: what it computes.
+        build: Function of a `Case` and of the arrays of `make_inputs` that returns a function of
+            tensors and the list of its arguments. The function is what is compiled, differentiated
+            with respect to all of its arguments, and timed.
+        supports: Function of a `Case` and a device, `"cpu"` or `"gpu"`, that returns `None` or the
+            reason why the peer cannot run it.
+        backend: `None` for any Keras backend, or the one that it is written for.
+        is_default: Bool. Whether it runs without being asked for.
+    """
+
+    name: str
+    description: str
+    level: str
+    definition: str
+    build: Callable
+    supports: Callable = lambda case, device: None
+    backend: str | None = None
+    is_default: bool = True
+
+
+PEERS: dict[tuple[str, str], Peer] = {}
+
+
+def register(peer):
+    """Adds a peer.
+
+    Raises:
+        ValueError: If its level has one of that name, or there is no such definition.
+    """
+    key = (peer.level, peer.name)
+    if key in PEERS:
+        raise ValueError(f"`name` must be unique among the peers of a level. Received: name={key}")
+    if peer.definition not in DEFINITIONS:
+        raise ValueError(
+            f"`definition` must be one of {', '.join(DEFINITIONS)}. "
+            f"Received: definition={peer.definition!r}"
+        )
+    PEERS[key] = peer
+    return peer
+
+
+def select(case, device, names=None):
+    """The peers that measure a case.
+
+    Args:
+        case: `Case`.
+        device: String.
+        names: `None` for all that can run, or list of names, each of which has to.
+
+    Returns:
+        List of `Peer`, and a dict from the name of each that cannot run to the reason.
+
+    Raises:
+        ValueError: If a name is unknown, or names a peer that cannot run the case.
+    """
+    known = {name: peer for (level, name), peer in PEERS.items() if level == case.level}
+    if names is not None:
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"`peers` must be among {', '.join(known)}. Received: peers={name}"
+                )
+    chosen, refused = [], {}
+    for name, peer in known.items():
+        if (names is None and not peer.is_default) or (names is not None and name not in names):
+            continue
+        reason = refusal(peer, case, device)
+        if reason is None:
+            chosen.append(peer)
+        elif names is not None:
+            raise ValueError(f"`peers` must be able to run, {reason}. Received: peers={name}")
+        else:
+            refused[name] = reason
+    return chosen, refused
+
+
+def refusal(peer, case, device):
+    """Why a peer cannot run a case, or `None`."""
+    if peer.backend not in (None, keras.backend.backend()):
+        return f"it needs the {peer.backend} backend"
+    return peer.supports(case, device)
+
+
+# --- layers
+
+
+def layer_builder(make_layer):
+    """`Peer.build` of a layer with the weights and the call of `keras.layers.MultiHeadAttention`.
+
+    Args:
+        make_layer: Function of a `Case` and of keyword arguments for the layer.
+    """
+
+    def build(case, inputs):
+        policy = case.dtype if case.dtype == "float32" else f"mixed_{case.dtype}"
+        layer = make_layer(case, num_heads=case.heads, key_dim=case.head_size, dtype=policy)
+        layer.build((case.batch, case.tokens, case.width), (case.batch, case.tokens, case.width))
+        for variable in layer.trainable_variables:
+            name = "/".join(variable.path.split("/")[-2:])
+            if name in inputs:  # RWR attention may have more, which keep their initial values
+                variable.assign(inputs[name])
+        function, weights = frameworks.active().layer_function(
+            layer, use_causal_mask=case.is_causal
+        )
+        return function, [ops.convert_to_tensor(inputs["x"], case.dtype), *weights]
+
+    return build
+
+
+def build_dense_layer(case, inputs):
+    """`keras.layers.MultiHeadAttention` as it is written down."""
+    names = [name for name in inputs if "/" in name]  # in the order of the layer's weights
+
+    def function(x, *weights):
+        weights = {name: ops.cast(w, x.dtype) for name, w in zip(names, weights, strict=True)}
+        projected = [
+            ops.einsum("bsd,dnh->bsnh", x, weights[f"{name}/kernel"]) + weights[f"{name}/bias"]
+            for name in ("query", "key", "value")
+        ]
+        output = dense_formula(*projected, case.is_causal)
+        output = ops.einsum("bsnh,nhd->bsd", output, weights["attention_output/kernel"])
+        return output + weights["attention_output/bias"]
+
+    weights = [ops.convert_to_tensor(inputs[name], "float32") for name in names]
+    return function, [ops.convert_to_tensor(inputs["x"], case.dtype), *weights]
+
+
+def rwr_layer(implementation):
+    def make_layer(case, **arguments):
+        return keras_rwr.RWRAttention(**arguments, **case.options, implementation=implementation)
+
+    return make_layer
+
+
+# --- ops
+
+
+def dense_formula(query, key, value, is_causal):
+    """Softmax attention of `(B, S, N, H)`, in float32, in the dtype of `query`."""
+    dtype, size = query.dtype, query.shape[1]
+    query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
+    logits = ops.einsum("bqnh,bknh->bnqk", query, key) * query.shape[-1] ** -0.5
+    if is_causal:
+        position = ops.arange(size)
+        logits = ops.where(position[:, None] >= position, logits, -1e30)
+    return ops.cast(ops.einsum("bnqk,bknh->bqnh", ops.softmax(logits), value), dtype)
+
+
+def op_builder(attention, takes_discoverability=False):
+    """`Peer.build` of a function of a `Case`, query, key, value and perhaps discoverability."""
+
+    def build(case, inputs):
+        names = ["query", "key", "value"]
+        if takes_discoverability and case.options.get("use_discoverability", False):
+            names.append("discoverability")
+        arrays = [ops.convert_to_tensor(inputs[name], case.dtype) for name in names]
+        return (lambda *arrays: attention(case, *arrays)), arrays
+
+    return build
+
+
+def rwr_op(implementation):
+    def attention(case, query, key, value, discoverability=None):
+        options = {name: x for name, x in case.options.items() if name != "use_discoverability"}
+        return keras_rwr.ops.rwr_attention(
+            query,
+            key,
+            value,
+            discoverability=discoverability,
+            is_causal=case.is_causal,
+            implementation=implementation,
+            **options,
+        )
+
+    return attention
+
+
+def rwr_supports(implementation):
+    names = {field.name for field in dataclasses.fields(RWRConfig)}
+
+    def supports(case: Case, device):
+        options = {name: x for name, x in case.options.items() if name in names}
+        explanation = keras_rwr.explain(
+            case.shape, dtype=case.dtype, device=device, is_causal=case.is_causal, **options
+        )
+        return explanation.refusals.get(implementation)
+
+    return supports
+
+
+register(
+    Peer(
+        name="keras",
+        description="keras.layers.MultiHeadAttention",
+        level="layer",
+        definition="dense",
+        build=layer_builder(lambda case, **kwargs: keras.layers.MultiHeadAttention(**kwargs)),
+    )
+)
+register(
+    Peer(
+        name="keras",
+        description="keras.ops.dot_product_attention",
+        level="op",
+        definition="dense",
+        build=op_builder(
+            lambda case, *arrays: ops.dot_product_attention(*arrays, is_causal=case.is_causal)
+        ),
+    )
+)
+register(
+    Peer(
+        name="dense-formula",
+        description="softmax attention with explicit scores",
+        level="layer",
+        definition="dense",
+        build=build_dense_layer,
+        is_default=False,
+    )
+)
+register(
+    Peer(
+        name="dense-formula",
+        description="softmax attention with explicit scores",
+        level="op",
+        definition="dense",
+        build=op_builder(
+            lambda case, query, key, value: dense_formula(query, key, value, case.is_causal)
+        ),
+        is_default=False,
+    )
+)
+for implementation in IMPLEMENTATIONS:
+    register(
+        Peer(
+            name=f"rwr-{implementation}",
+            description=f"keras_rwr.RWRAttention, {implementation}",
+            level="layer",
+            definition="rwr",
+            build=layer_builder(rwr_layer(implementation)),
+            supports=rwr_supports(implementation),
+            is_default=implementation != "reference",
+        )
+    )
+    register(
+        Peer(
+            name=f"rwr-{implementation}",
+            description=f"keras_rwr.ops.rwr_attention, {implementation}",
+            level="op",
+            definition="rwr",
+            build=op_builder(rwr_op(implementation), takes_discoverability=True),
+            supports=rwr_supports(implementation),
+            is_default=implementation != "reference",
+        )
+    )

@@ -1,0 +1,229 @@
+"""Text, vocabulary and batches for `gpt2_ablation.py`."""
+
+import gzip
+import json
+import lzma
+import math
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+CHOICES = "`embedded`, a .txt/.gz/.xz file, a folder of such files, or `finewebedu`"
+SUFFIXES = (".txt", ".gz", ".xz")
+EMBEDDED = Path(__file__).parent / "data"
+VALIDATION_SHARE = 0.05  # held out of a file, a folder or a stream
+CHARACTERS_PER_TOKEN = 6  # more than any vocabulary here reaches, so a stream is long enough
+
+
+class UsageError(ValueError):
+    """A bad argument, reported without a traceback."""
+
+
+def read_text(path: Path) -> str:
+    """Text of one UTF-8 file, plain or compressed (.gz, .xz)."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UsageError(
+            f"`dataset` must be a readable text file ({error}). Received: dataset={path}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"`dataset` must be UTF-8 text ({error}). Received: dataset={path}"
+        ) from error
+
+
+def split_documents(text: str) -> list[str]:
+    """Documents of a text in which they are joined by `<|endoftext|>`."""
+    return [document for document in text.split(END_OF_TEXT) if document.strip()]
+
+
+def read_path(path: Path) -> list[str]:
+    """Documents of a text file, or of every text file in a folder, by name."""
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES)
+        if not files:
+            raise UsageError(
+                f"`dataset` must be a folder that holds {', '.join(SUFFIXES)} files. "
+                f"Received: dataset={path}"
+            )
+    elif path.exists():
+        files = [path]
+    else:
+        raise UsageError(f"`dataset` must be {CHOICES}; nothing is there. Received: dataset={path}")
+    documents = [document for file in files for document in split_documents(read_text(file))]
+    if not documents:
+        raise UsageError(f"`dataset` must hold text; it is empty. Received: dataset={path}")
+    return documents
+
+
+def hold_out(documents: list[str], share: float = VALIDATION_SHARE) -> tuple[list[str], list[str]]:
+    """Splits the last `share` of the characters off as validation documents."""
+    remaining = math.ceil(share * sum(map(len, documents)))
+    training = list(documents)
+    validation: list[str] = []
+    while remaining > 0:
+        document = training.pop()
+        if len(document) > remaining:
+            training.append(document[:-remaining])
+            document = document[-remaining:]
+        remaining -= len(document)
+        validation.append(document)
+    return training, validation[::-1]
+
+
+def stream_finewebedu(characters: int) -> list[str]:
+    """The first documents of FineWeb-Edu's 10-billion-token sample, streamed."""
+    remedy = f"Choose another dataset: {CHOICES}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"`dataset` needs the package `datasets` to be streamed ({error}). {remedy}. "
+            "Received: dataset=finewebedu"
+        ) from error
+    documents: list[str] = []
+    seen = 0
+    try:
+        stream = datasets.load_dataset(
+            "HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True
+        )
+        for row in stream:
+            documents.append(row["text"])
+            seen += len(row["text"])
+            if seen >= characters:
+                break
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(
+            f"`dataset` could not be streamed: is this machine offline? "
+            f"({type(error).__name__}: {error}) {remedy}. Received: dataset=finewebedu"
+        ) from error
+    return documents
+
+
+def load_documents(dataset: str, tokens: int) -> tuple[list[str], list[str]]:
+    """Training and validation documents.
+
+    Args:
+        dataset: str. `"embedded"`, a path, or `"finewebedu"`.
+        tokens: int. How many tokens the run reads; only a stream is cut to it.
+    """
+    if dataset == "embedded":
+        return read_path(EMBEDDED / "train.txt.xz"), read_path(EMBEDDED / "validation.txt.xz")
+    if dataset == "finewebedu":
+        return hold_out(stream_finewebedu(tokens * CHARACTERS_PER_TOKEN))
+    return hold_out(read_path(Path(dataset)))
+
+
+def train_vocabulary(documents: Iterable[str], size: int) -> tuple[dict[str, int], list[str]]:
+    """GPT-2's byte-pair vocabulary and merges, trained on `documents`."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(
+        documents, vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    model = json.loads(trainer.to_str())["model"]
+    return model["vocab"], [" ".join(pair) for pair in model["merges"]]
+
+
+def encode(documents: list[str], tokenizer) -> np.ndarray:
+    """Token ids of the documents, each followed by `<|endoftext|>`."""
+    pieces = [np.append(ids, tokenizer.end_token_id) for ids in tokenizer(documents)]
+    return np.concatenate(pieces).astype("int32")
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a JSON file that is never seen half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file that is never seen half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+def prepare_tokens(
+    folder: Path, dataset: str, vocabulary_size: int, train_tokens: int, validation_tokens: int
+) -> dict[str, np.ndarray]:
+    """Token arrays `training` and `validation`, made once and kept in `folder`.
+
+    Args:
+        folder: path. Receives `vocabulary.json`, `merges.txt` and `tokens.npz`.
+        dataset: str. See `load_documents`.
+        vocabulary_size: int. Entries of the byte-pair vocabulary.
+        train_tokens: int. How many training tokens the run reads.
+        validation_tokens: int. How many validation tokens are kept.
+    """
+    path = folder / "tokens.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return dict(stored)
+    # keras_hub brings Keras in, which the readers above do without
+    from keras_hub.tokenizers import GPT2Tokenizer
+
+    # a stream must fill VALIDATION_SHARE of itself with validation tokens
+    needed = max(train_tokens, math.ceil(validation_tokens / VALIDATION_SHARE))
+    training, validation = load_documents(dataset, needed)
+    vocabulary, merges = train_vocabulary(training, vocabulary_size)
+    if not merges:
+        raise UsageError(
+            "`dataset` must hold enough text for a byte-pair vocabulary. "
+            f"Received: dataset={dataset} with {sum(map(len, training))} training characters"
+        )
+    tokenizer = GPT2Tokenizer(vocabulary=vocabulary, merges=merges)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocabulary.json", vocabulary)
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    tokens = {
+        "training": encode(training, tokenizer),
+        "validation": encode(validation, tokenizer)[: validation_tokens + 1],
+    }
+    write_arrays(path, tokens)
+    return tokens
+
+
+def cut_blocks(tokens: np.ndarray, context: int, name: str) -> np.ndarray:
+    """(blocks, context + 1) rows: a block's inputs, and its targets one further."""
+    count = (len(tokens) - 1) // context
+    if count < 1:
+        raise UsageError(
+            f"`dataset` must hold more {name} tokens than `context`. "
+            f"Received: {len(tokens)} {name} tokens, context={context}"
+        )
+    starts = context * np.arange(count)[:, None]
+    return tokens[starts + np.arange(context + 1)]
+
+
+def as_batch(rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(inputs, targets) of GPT-2 for (batch, context + 1) token ids."""
+    token_ids = rows[:, :-1].astype("int32")
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    return inputs, rows[:, 1:].astype("int32")
+
+
+def batch_rows(blocks: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Block numbers of one training step.
+
+    They depend on the seed and the step alone, so every model reads the same
+    data in the same order and a resumed run continues where it stopped. Each
+    pass over the text has its own permutation.
+    """
+    positions = step * batch_size + np.arange(batch_size)
+    rows = np.empty(batch_size, dtype="int64")
+    for number in np.unique(positions // blocks):
+        order = np.random.default_rng((seed, int(number))).permutation(blocks)
+        chosen = positions // blocks == number
+        rows[chosen] = order[positions[chosen] % blocks]
+    return rows

@@ -1,0 +1,144 @@
+"""What a training run of `gpt2_ablation.py` writes down: losses, checkpoints, memory."""
+
+import csv
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from ablation_data import UsageError, write_arrays
+
+
+class RunLog(keras.callbacks.Callback):
+    """Writes losses and checkpoints after each evaluation, and restores them.
+
+    `keras.callbacks.BackupAndRestore` keeps weights and epoch in two files, without the seeds of
+    dropout. Here one file holds all that training continues from and replaces the last one as a
+    whole, so that a run killed at any moment goes on exactly as if it had not been.
+    """
+
+    FIELDS = (
+        "step",
+        "tokens",
+        "training_loss",
+        "validation_loss",
+        "learning_rate",
+        "timed_tokens",
+        "timed_seconds",
+        "peak_memory_mb",
+    )
+
+    def __init__(self, folder, steps_per_epoch, tokens_per_step, seed):
+        super().__init__()
+        self.seed = seed
+        self.losses = folder / "losses.csv"
+        self.checkpoint = folder / "checkpoint.npz"
+        self.steps_per_epoch = steps_per_epoch
+        self.tokens_per_step = tokens_per_step
+        self.rows = []
+        self.parent = os.getppid()
+        self.started = None  # None until the first batch, which compiles, is over
+        self.timed_steps = 0
+        self.timed_seconds = 0.0
+
+    def state(self, model):
+        """Every variable that training changes, by a name that no earlier model alters."""
+        variables = [*model.variables, *model.optimizer.variables]
+        return {f"{i:04d}:{variable.name}": variable for i, variable in enumerate(variables)}
+
+    def restore(self, model):
+        """Loads the last checkpoint, if there is one, and returns the epochs behind it."""
+        if not self.checkpoint.exists():
+            return 0
+        state = self.state(model)
+        with np.load(self.checkpoint) as stored:
+            if set(stored) != {*state, "epoch"}:
+                raise UsageError(
+                    "`run_dir` must hold a checkpoint of the same model. "
+                    f"Received: run_dir={self.checkpoint.parent.parent}"
+                )
+            for name, variable in state.items():
+                variable.assign(stored[name])
+            epoch = int(stored["epoch"])
+        # the losses are written before the checkpoint, so they may be one row ahead
+        self.rows = read_losses(self.losses)[:epoch]
+        return epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # torch draws Keras's dropout from a global state, which no variable holds
+        keras.utils.set_random_seed(self.seed + epoch)
+        self.timed_steps, self.timed_seconds = 0, 0.0
+        if self.started is not None:
+            self.started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if os.getppid() != self.parent:
+            sys.exit("The process that started this one has ended.")
+        if self.started is None:
+            float(logs["loss"])  # waits for the device
+            self.started = time.perf_counter()
+        else:
+            self.timed_steps += 1
+        if batch + 1 == self.steps_per_epoch:
+            float(logs["loss"])
+            self.timed_seconds = time.perf_counter() - self.started
+
+    def on_epoch_end(self, epoch, logs=None):
+        step = (epoch + 1) * self.steps_per_epoch
+        row = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "training_loss": float(logs["loss"]),
+            "validation_loss": float(logs["val_loss"]),
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            "timed_tokens": self.timed_steps * self.tokens_per_step,
+            "timed_seconds": self.timed_seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        self.rows.append(row)
+        write_losses(self.losses, self.rows)
+        for name in ("training_loss", "validation_loss"):
+            if not math.isfinite(row[name]):
+                sys.exit(f"The {name.replace('_', ' ')} at step {step} is {row[name]}.")
+        state = self.state(self.model)
+        arrays = {name: variable.numpy() for name, variable in state.items()}
+        write_arrays(self.checkpoint, {**arrays, "epoch": np.array(epoch + 1)})
+
+
+def write_losses(path, rows):
+    """Writes the losses CSV so that it is never seen half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, RunLog.FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def read_losses(path):
+    """The rows of a losses CSV, as numbers."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {
+                name: int(value) if name in ("step", "tokens", "timed_tokens") else float(value)
+                for name, value in row.items()
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def peak_memory_mb():
+    """Highest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count the parent's memory, which exec inherits
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    import resource  # not everywhere
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,195 @@
+"""Training of one step of `gpt2_ablation.py`, which runs this file in a process of its own."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+from ablation_data import (
+    as_batch,
+    batch_rows,
+    cut_blocks,
+    prepare_tokens,
+    write_arrays,
+    write_json,
+)
+from ablation_log import RunLog, peak_memory_mb
+
+from keras_rwr import ablation
+from keras_rwr.statistics import walk_statistics
+
+PROBE_SEQUENCES = 4  # of the validation text, for the graph statistics
+# what AdamW's weight decay leaves alone: biases, layer norms, a head's own few numbers
+NO_DECAY = ["bias", "gamma", "beta", "concentration", "lens_strength", "discoverability"]
+
+
+class Batches(keras.utils.PyDataset):
+    """Endless training batches; number n of them is that of training step `first` + n."""
+
+    def __init__(self, blocks, batch_size, seed, first):
+        super().__init__()
+        self.blocks, self.batch_size, self.seed, self.first = blocks, batch_size, seed, first
+
+    @property
+    def num_batches(self):
+        return None
+
+    def __getitem__(self, index):
+        step = self.first + index
+        return as_batch(self.blocks[batch_rows(len(self.blocks), self.batch_size, step, self.seed)])
+
+
+def build_backbone(step, arguments, overrides=None):
+    """The backbone of an ablation step at the sizes of this run."""
+    return ablation.build_backbone(
+        step,
+        overrides=overrides,
+        vocabulary_size=arguments["vocabulary_size"],
+        num_layers=arguments["layers"],
+        num_heads=arguments["heads"],
+        hidden_dim=arguments["width"],
+        intermediate_dim=4 * arguments["width"],
+        dropout=arguments["dropout"],
+        max_sequence_length=arguments["context"],
+    )
+
+
+def prepare(run_dir, arguments):
+    """Makes what all steps share: vocabulary, tokens and the initial weights of R0."""
+    folder = run_dir / "data"
+    folder.mkdir(exist_ok=True)
+    tokens = prepare_tokens(
+        folder,
+        arguments["dataset"],
+        arguments["vocabulary_size"],
+        arguments["training_steps"] * arguments["batch_size"] * arguments["context"],
+        arguments["validation_tokens"],
+    )
+    for name, values in tokens.items():
+        cut_blocks(values, arguments["context"], name)
+    if not (folder / "initial.npz").exists():
+        keras.utils.set_random_seed(arguments["seed"])
+        weights = build_backbone("R0", arguments).weights
+        arrays = {weight.path: weight.numpy() for weight in weights}
+        write_arrays(folder / "initial.npz", arrays)
+
+
+def load_initial(backbone, path):
+    """Copies R0's initial weights by variable path; RWR's own weights keep their initial values."""
+    with np.load(path) as stored:
+        weights = {weight.path: weight for weight in backbone.weights}
+        missing = set(stored) - set(weights)
+        if missing:
+            raise ValueError(
+                f"`backbone` must have the variables of GPT-2. Received: none at {sorted(missing)}"
+            )
+        for name in stored:
+            weights[name].assign(stored[name])
+
+
+def compile_model(backbone, arguments):
+    """The language model of a backbone, with AdamW, warm-up and cosine decay."""
+    logits = backbone.token_embedding(backbone.output, reverse=True)
+    model = keras.Model(backbone.input, logits)
+    peak, warmup = arguments["learning_rate"], arguments["warmup_steps"]
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=peak / max(warmup, 1),
+        warmup_target=peak,
+        warmup_steps=warmup,
+        decay_steps=max(arguments["training_steps"] - warmup, 1),
+        alpha=0.1,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule, weight_decay=arguments["weight_decay"], beta_2=0.98, global_clipnorm=1.0
+    )
+    optimizer.exclude_from_weight_decay(var_names=NO_DECAY)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss)
+    optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(run_dir, step, config, verbose="auto"):
+    """Trains one ablation step, from its last checkpoint if there is one.
+
+    Args:
+        run_dir: path. The run folder, with what `prepare` made.
+        step: str. "R0" to "R4".
+        config: dict. What `config.json` holds.
+        verbose: Keras's. "auto" is a progress bar on a terminal, else a line an evaluation.
+
+    Returns:
+        The step's row of the table, which is also written to `result.json`.
+    """
+    arguments = config["arguments"]
+    folder = run_dir / step
+    folder.mkdir(exist_ok=True)
+    context, batch_size = arguments["context"], arguments["batch_size"]
+    with np.load(run_dir / "data" / "tokens.npz") as stored:
+        training = cut_blocks(stored["training"], context, "training")
+        validation = cut_blocks(stored["validation"], context, "validation")
+    if len(validation) > batch_size:  # whole batches, so that one shape is compiled
+        validation = validation[: len(validation) // batch_size * batch_size]
+
+    keras.utils.set_random_seed(arguments["seed"])
+    backbone = build_backbone(step, arguments, config["overrides"][step])
+    load_initial(backbone, run_dir / "data" / "initial.npz")
+    model = compile_model(backbone, arguments)
+    steps_per_epoch = arguments["evaluate_every"]
+    log = RunLog(folder, steps_per_epoch, batch_size * context, arguments["seed"])
+    epochs_done = log.restore(model)
+    memory_before = peak_memory_mb()
+    if verbose == "auto":
+        verbose = 1 if sys.stdout.isatty() else 2
+    model.fit(
+        Batches(training, batch_size, arguments["seed"], epochs_done * steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        initial_epoch=epochs_done,
+        epochs=arguments["training_steps"] // steps_per_epoch,
+        validation_data=as_batch(validation),
+        validation_batch_size=batch_size,
+        shuffle=False,
+        callbacks=[log],
+        verbose=verbose,
+    )
+
+    layers = None
+    if ablation.STEPS[step].options is not None:
+        probe, _ = as_batch(validation[:PROBE_SEQUENCES])
+        layers = walk_statistics(backbone, probe["token_ids"], probe["padding_mask"])
+    seconds = sum(row["timed_seconds"] for row in log.rows)
+    timed_tokens = sum(row["timed_tokens"] for row in log.rows)
+    last = log.rows[-1]
+    result = {
+        "step": step,
+        "description": ablation.STEPS[step].description,
+        "options": ablation.step_options(step, config["overrides"][step]),
+        "parameters": model.count_params(),
+        "training_loss": last["training_loss"],
+        "validation_loss": last["validation_loss"],
+        "perplexity": math.exp(last["validation_loss"]),
+        "tokens_per_second": timed_tokens / seconds if timed_tokens else None,
+        "peak_memory_mb": max(row["peak_memory_mb"] for row in log.rows),
+        "memory_before_training_mb": memory_before,
+        "statistics": None if layers is None else mean_statistics(layers),
+        "statistics_by_layer": layers,
+    }
+    weights = folder / "backbone.weights.h5"
+    temporary = folder / "unfinished.weights.h5"
+    backbone.save_weights(temporary)
+    os.replace(temporary, weights)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def mean_statistics(layers):
+    """Mean over layers of each graph statistic."""
+    return {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
+
+
+if __name__ == "__main__":
+    run_folder = Path(sys.argv[1])
+    train(run_folder, sys.argv[2], json.loads((run_folder / "config.json").read_text("utf-8")))

@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""The project's two main jobs, each in an environment that this script makes for itself.
+
+    python3 run.py ablation [arguments of examples/gpt2_ablation.py]
+    python3 run.py test [arguments of pytest]
+
+`ablation` trains R0 to R4 of a small GPT-2 and leaves a table and a picture in a run folder. `test`
+runs all tests on torch, jax and tensorflow, each in its own process.
+
+The environment is `.venv` beside this script. It is made on first use, from pyproject.toml and the
+versions in constraints.txt, and updated only when one of them changes.
+
+Environment variables:
+    KERAS_RWR_VENV: Folder of the environment, instead of `.venv`.
+    KERAS_RWR_JOBS: Test processes that run at the same time. Defaults to 2, or 1 on one core.
+    KERAS_BACKEND: What `ablation` trains with. Defaults to torch.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import xml.etree.ElementTree
+
+ROOT = pathlib.Path(__file__).resolve().parent
+BACKENDS = ("torch", "jax", "tensorflow")
+
+# Tests that start processes of their own, with other backends or with none.
+ACROSS_BACKENDS = ("tests/cross_backend", "tests/packaging")
+
+NO_TESTS_COLLECTED = 5  # pytest's exit code
+
+
+def main(arguments):
+    """Runs one of the two jobs and returns its exit code."""
+    jobs = {"ablation": ablation, "test": test}
+    if not arguments or arguments[0] not in jobs:
+        wanted = arguments[0] if arguments else ""
+        print(__doc__)
+        if wanted in ("-h", "--help"):
+            return 0
+        print(f"error: the job must be one of {', '.join(jobs)}. Received: {wanted!r}")
+        return 2
+    return jobs[arguments[0]](arguments[1:])
+
+
+def ablation(arguments):
+    """Trains R0 to R4 on the embedded text, or as the arguments ask."""
+    backend = os.environ.get("KERAS_BACKEND", "torch")
+    if backend not in BACKENDS:
+        print(f"error: KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: {backend!r}")
+        return 2
+    python = environment([backend, "examples"])
+    command = [python, str(ROOT / "examples" / "gpt2_ablation.py"), *arguments]
+    return subprocess.run(command, env=settings(backend), check=False).returncode
+
+
+def test(arguments):
+    """Runs pytest once a backend, then the tests that span backends, and sums up."""
+    python = environment([*BACKENDS, "examples", "test"])
+    selected = [x for x in arguments if not x.startswith("-") and is_test_path(x)]
+    options = [x for x in arguments if x not in selected]
+    spanning = [x for x in selected if x.startswith(ACROSS_BACKENDS)]
+    single = [x for x in selected if x not in spanning]
+
+    runs = []
+    if single or not selected:
+        paths = single if single else ["tests", *(f"--ignore={x}" for x in ACROSS_BACKENDS)]
+        runs += [(backend, backend, paths) for backend in BACKENDS]
+    if spanning or not selected:
+        paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
+        runs.append(("across backends", BACKENDS[0], paths))
+
+    jobs = int(os.environ.get("KERAS_RWR_JOBS", min(2, os.cpu_count() or 1)))
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda run: pytest(python, *run, options, jobs > 1), runs))
+
+    print("\n" + "=" * 100)
+    for result in results:
+        print(
+            f"{result['name']:16} {result['passed']:5} passed, {result['failed']:3} failed, "
+            f"{result['skipped']:3} skipped, exit code {result['code']}, {result['seconds']:.0f} s"
+        )
+    total = {key: sum(x[key] for x in results) for key in ("passed", "failed", "skipped")}
+    filtered = bool(arguments)
+    good = all(x["code"] == 0 or (filtered and x["code"] == NO_TESTS_COLLECTED) for x in results)
+    print(f"{'all in order' if good else 'NOT in order'}, {time.monotonic() - started:.0f} s")
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return 0 if good and total["passed"] else 1
+
+
+def is_test_path(argument):
+    """Whether a command line argument names tests, such as `tests/test_layer.py::test_call`."""
+    return (ROOT / argument.split("::")[0]).exists()
+
+
+def pytest(python, name, backend, paths, options, captured):
+    """Runs one pytest process.
+
+    Args:
+        python: Path of the environment's interpreter.
+        name: String, what to call the process.
+        backend: String, its Keras backend.
+        paths: List of strings, what it tests.
+        options: List of strings, further arguments.
+        captured: Bool. Whether to print its output in one piece at its end.
+
+    Returns:
+        A dict with the counts "passed", "failed", "skipped", and "name", "code" and "seconds".
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        command = [python, "-m", "pytest", *paths, f"--junitxml={report}", *options]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=settings(backend),
+            check=False,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if captured else None,
+            stderr=subprocess.STDOUT if captured else None,
+        )
+        counts = read_counts(report)
+    if captured:
+        print(f"\n##### {name}: pytest {' '.join([*paths, *options])}\n{done.stdout}", flush=True)
+    seconds = time.monotonic() - started
+    return {"name": name, "code": done.returncode, "seconds": seconds, **counts}
+
+
+def read_counts(report):
+    """Counts of a JUnit report; a process that died before writing one counts as a failure."""
+    if not report.is_file():
+        return {"passed": 0, "failed": 1, "skipped": 0}
+    root = xml.etree.ElementTree.parse(report).getroot()
+    total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    for suite in root.iter("testsuite"):
+        for key in total:
+            total[key] += int(suite.get(key, 0))
+    failed = total["failures"] + total["errors"]
+    return {
+        "passed": total["tests"] - failed - total["skipped"],
+        "failed": failed,
+        "skipped": total["skipped"],
+    }
+
+
+def settings(backend):
+    """The environment variables of a process that uses a backend."""
+    return {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "PYTHONUNBUFFERED": "1",
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+    }
+
+
+def environment(extras):
+    """Makes or updates the virtual environment.
+
+    Args:
+        extras: List of strings, the project's extras that it must have.
+
+    Returns:
+        Path of its interpreter, as a string.
+    """
+    if sys.version_info < (3, 11):
+        sys.exit(f"error: Python must be 3.11 or newer. Received: {sys.version.split()[0]}")
+    folder = pathlib.Path(os.environ.get("KERAS_RWR_VENV", ROOT / ".venv")).absolute()
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = folder / "keras-rwr.json"
+    state = {"inputs": hash_inputs(folder), "extras": sorted(extras)}
+    if python.is_file() and stamp.is_file():
+        installed = json.loads(stamp.read_text())
+        if installed["inputs"] == state["inputs"]:
+            if set(extras) <= set(installed["extras"]):
+                return str(python)
+            state["extras"] = sorted({*extras, *installed["extras"]})
+
+    print(f"Installing into {folder}: {', '.join(state['extras'])}", flush=True)
+    started = time.monotonic()
+    if not python.is_file():
+        venv.create(folder, with_pip=True)
+    stamp.unlink(missing_ok=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    constrained = [*pip, "--constraint", str(ROOT / "constraints.txt")]
+    project = f"{ROOT}[{','.join(state['extras'])}]"
+    for command in (
+        [*constrained, "setuptools", "wheel"],
+        [*constrained, "--no-build-isolation", "--editable", project],
+    ):
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if done.returncode:
+            sys.exit(f"error: the installation failed: {' '.join(command)}")
+    stamp.write_text(json.dumps(state, indent=2) + "\n")
+    print(f"Installed in {time.monotonic() - started:.0f} s", flush=True)
+    return str(python)
+
+
+def hash_inputs(folder):
+    """A hash of everything that decides what is installed and where."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {ROOT} {folder}".encode())
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,23 @@
+"""One process tests one backend: set `KERAS_BACKEND` before starting pytest."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Test tensors are small: more threads only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiling small functions takes most of the tests' time on jax. This leaves out optimisations of
+# the machine code, not those of the computation; tests/cross_backend/ compiles with all of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import keras
+import pytest
+
+
+def pytest_report_header():
+    return f"keras {keras.__version__} on {keras.backend.backend()}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test starts from the same random state, whatever ran before it."""
+    keras.utils.set_random_seed(1729)

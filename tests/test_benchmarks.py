@@ -1,0 +1,234 @@
+"""The benchmark runner: what it refuses to measure, what it reports. No figure is judged here."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from benchmarks import frameworks, peers, run
+from benchmarks.cases import Case, make_inputs
+
+OPTIONS = {"window": 8, "topk": 8, "neighbor_block": 4}
+FLAGS = ["--heads", "2", "--head-size", "8", "--option", "window=8", "topk=8", "neighbor_block=4"]
+
+
+def tiny(**arguments):
+    return Case(**{"tokens": 37, "heads": 2, "head_size": 8, "options": OPTIONS, **arguments})
+
+
+@pytest.fixture
+def variants():
+    return [frameworks.active().variants[0]]
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """A function that registers a peer for the time of a test."""
+    monkeypatch.setattr(peers, "PEERS", dict(peers.PEERS))
+    right = peers.PEERS["op", "keras"]
+
+    def register(**changes):
+        return peers.register(dataclasses.replace(right, name="made-up", **changes))
+
+    return register
+
+
+def changed(change):
+    """`Peer.build` of the right attention, changed."""
+    return peers.op_builder(
+        lambda case, *arrays: change(
+            arrays[0], peers.dense_formula(*arrays, is_causal=case.is_causal)
+        )
+    )
+
+
+def test_a_run_is_checked_timed_and_written(tmp_path, variants):
+    cases = [tiny(tokens=37), tiny(tokens=53)]
+    report = run.benchmark(cases, variants=variants, measure=("time",), repeat=2)
+    assert [check["peer"] for check in report["parity"]] == ["keras", "rwr-portable"]
+    assert all(0 <= check["error"] < check["tolerance"] for check in report["parity"])
+    assert [(row["tokens"], row["peer"]) for row in report["results"]] == [
+        (37, "keras"),
+        (37, "rwr-portable"),
+        (53, "keras"),
+        (53, "rwr-portable"),
+    ]
+    for row in report["results"]:
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        assert row["samples"] == 2
+        assert row["ratio"] == 1 if row["peer"] == "keras" else row["ratio"] > 0
+    assert {"device", "commit", "keras", "keras_rwr"} <= set(report["environment"])
+    assert report["refused"].keys() == {"rwr-triton", "rwr-pallas", "rwr-xla"}
+
+    written, rows = run.write(report, tmp_path / "new" / "folder")
+    assert json.loads(written.read_text())["results"] == report["results"]
+    with rows.open() as file:
+        read = list(csv.DictReader(file))
+    assert [row["peer"] for row in read] == ["keras", "rwr-portable"] * 2
+    assert float(read[1]["ratio"]) == report["results"][1]["ratio"]
+    assert len(run.table(report["results"]).splitlines()) == 5
+
+
+@pytest.mark.parametrize("level", ["layer", "op"])
+def test_gradients_take_part(level, variants):
+    case = tiny(level=level, gradients=True, options={**OPTIONS, "use_discoverability": True})
+    names = {"layer": 1 + 8, "op": 3}[level]
+    for name, count in (("keras", names), ("rwr-portable", names + 1)):
+        found = peers.PEERS[level, name]
+        tensors = run.results(case, found, variants[0])
+        assert len(tensors) == 1 + count
+        assert all(np.abs(x).max() > 0 for x in tensors[:4])
+        (check,) = run.check_parity(case, [found], variants)
+        assert check["error"] <= check["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("change", "gradients"),
+    [
+        (lambda x, y: y * 1.001, False),
+        (lambda x, y: y * math.nan, False),
+        (lambda x, y: y[:, 1:], False),
+        (lambda x, y: y + 0.01 * (x - ops.stop_gradient(x)), True),
+    ],
+    ids=["values", "not a number", "shape", "gradient alone"],
+)
+def test_a_wrong_peer_is_not_measured(change, gradients, peer, variants, monkeypatch):
+    monkeypatch.setattr(run, "measure_times", lambda *args: pytest.fail("timed a wrong peer"))
+    peer(build=changed(change))
+    case = tiny(level="op", gradients=gradients)
+    with pytest.raises(run.ParityError, match=r"must agree .* made-up \(\w+\) is off by"):
+        run.benchmark([case], names=["keras", "made-up"], variants=variants, measure=("time",))
+
+
+def test_the_command_line_reports_nothing_of_a_wrong_peer(peer, tmp_path, capsys, variants):
+    peer(build=changed(lambda x, y: -y))
+    flags = [*FLAGS, "--level", "op", "--peers", "made-up", "--variants", *variants]
+    assert run.main([*flags, "--measure", "time", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "error: peers must agree with their definition" in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_of_another_module_take_part(tmp_path, monkeypatch, capsys, variants):
+    (tmp_path / "more_peers.py").write_text(
+        "import dataclasses\n"
+        "from benchmarks import peers\n"
+        "right = peers.PEERS['op', 'dense-formula']\n"
+        "peers.register(dataclasses.replace(right, name='mine', is_default=True))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(peers, "PEERS", dict(peers.PEERS))
+    flags = [*FLAGS, "--level", "op", "--sizes", "31", "--repeat", "1", "--variants", *variants]
+    assert run.main([*flags, "--measure", "time", "--import", "more_peers"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("    31  mine"))
+    assert line.split()[2] == variants[0]
+
+
+def test_the_peer_of_the_readme(monkeypatch, variants):
+    monkeypatch.setattr(peers, "PEERS", dict(peers.PEERS))
+    text = (run.ROOT / "benchmarks" / "README.md").read_text()
+    exec(text.partition("```python\n")[2].partition("```")[0], {})
+    found = peers.PEERS["op", "torch-sdpa"]
+    if keras.backend.backend() == "torch":
+        (check,) = run.check_parity(tiny(level="op", gradients=True), [found], variants)
+        assert check["error"] <= check["tolerance"]
+    else:
+        assert peers.refusal(found, tiny(level="op"), "cpu") == "it needs the torch backend"
+
+
+def test_memory_is_that_of_a_process_of_its_own(variants):
+    held = np.ones(2**25)  # 256 MiB here do not count there
+    found = run.measure_memory(tiny(), [peers.PEERS["layer", "rwr-portable"]], variants, "cpu")
+    (memory,) = found.values()
+    assert held.all()
+    assert 0 < memory["rise_mib"] < memory["peak_mib"]
+
+
+def test_memory_of_this_process():
+    before, _ = frameworks.resident_bytes()
+    held = np.ones(2**23)  # 64 MiB
+    after, peak = frameworks.resident_bytes()
+    assert held.all()
+    assert after - before > 50 * 2**20
+    assert peak >= after
+
+
+def test_half_precision(variants):
+    case = tiny(level="op", dtype="bfloat16")
+    checks = run.check_parity(case, [peers.PEERS["op", "rwr-portable"]], variants)
+    assert checks[0]["error"] <= checks[0]["tolerance"] == run.TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"names": ["nothing"]}, "`peers` must be among .* Received: peers=nothing"),
+        ({"names": ["rwr-triton"]}, "`peers` must be able to run, .* Received: peers=rwr-triton"),
+        ({"variants": ["fast"]}, "`variants` must be among .* Received: variants=fast"),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run.benchmark([tiny()], **arguments)
+
+
+def test_a_name_is_taken_once(peer):
+    peer()
+    with pytest.raises(ValueError, match="`name` must be unique"):
+        peer()
+    with pytest.raises(ValueError, match="`definition` must be one of rwr, dense"):
+        peer(level="layer", definition="sparse")
+
+
+def test_a_peer_of_another_backend_is_refused(peer):
+    peer(backend="numpy")
+    _, refused = peers.select(tiny(level="op"), "cpu")
+    assert refused["made-up"] == "it needs the numpy backend"
+
+
+def test_ratios_are_of_the_same_turn():
+    summary = run.summarize([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+    assert summary["ratio"] == 2.0
+    assert summary["median_ms"] == 4000.0
+    assert (summary["low_ms"], summary["high_ms"]) == (3000.0, 17000.0)
+    assert run.summarize([2.0], None)["ratio"] is None
+
+
+def test_errors_are_relative_to_each_tensor():
+    right = [np.array([10.0, 0.0]), np.array([1.0])]
+    assert run.largest_error([right[0] + 0.1, right[1]], right) == pytest.approx(0.01)
+    assert run.largest_error([right[0], right[1] + 0.1], right) == pytest.approx(0.1)
+    assert math.isnan(run.largest_error([right[0] * math.nan, right[1]], right))
+    assert run.largest_error(right[:1], right) == math.inf
+
+
+def test_the_check_is_on_tokens_outside_the_window():
+    assert tiny().small().tokens == 29
+    assert Case(tokens=4096).small().tokens == 389
+
+
+def test_inputs_are_the_same_for_every_peer():
+    first, second = make_inputs(tiny()), make_inputs(tiny())
+    assert list(first) == list(second)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("window=8", 8), ("threshold=None", None), ("edge_weight=exponential", "exponential")],
+)
+def test_options_of_the_command_line(text, value):
+    assert run.option(text) == (text.partition("=")[0], value)
+
+
+@pytest.mark.parametrize("flags", [["--option", "window"], ["--repeat", "0"], ["--sizes", "0"]])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(flags)
+    assert "Received: " in capsys.readouterr().err

@@ -1,0 +1,414 @@
+"""GPT-2 with RWR attention: against the stock model, training, generation, saving."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_rwr.layer import RWRAttention
+from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
+from keras_rwr.models.gpt2_decoder import TransformerDecoder
+
+BATCH, LENGTH, VOCABULARY = 3, 19, 31
+SIZES = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 12,
+    "intermediate_dim": 20,
+    "max_sequence_length": LENGTH,
+}
+# Where a whole model is compiled.
+ONE_LAYER = {**SIZES, "num_layers": 1}
+# A window and neighbours that matter at this length.
+SMALL = {"window": 3, "topk": 4, "neighbor_block": 2}
+# The window holds everything and the walk is off: the stock model.
+PLAIN = {"window": LENGTH, "lens_strength": 0.0}
+ABLATION = {
+    "R1": {},
+    "R2": {"reversible": True},
+    "R3": {"reversible": True, "reciprocal_beta": 0.7, "use_discoverability": True},
+    "R4": {"edge_weight": "exponential"},
+}
+LENGTHS = np.array([LENGTH, 11, 4])
+MASK = (np.arange(LENGTH) < LENGTHS[:, None]).astype("int32")
+
+
+def make_tokens(seed=0):
+    return np.random.default_rng(seed).integers(1, VOCABULARY, (BATCH, LENGTH)).astype("int32")
+
+
+def make_batch(tokens=None):
+    return {"token_ids": (make_tokens() if tokens is None else tokens) * MASK, "padding_mask": MASK}
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def randomize(model, seed=1):
+    """Draws weights large enough that attention matters; fresh GPT-2 weights are nearly zero."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if weight.name == "gamma":
+            weight.assign(1.0 + 0.1 * rng.normal(size=weight.shape))
+        elif weight.name == "concentration":
+            weight.assign(rng.uniform(5.0, 25.0, weight.shape))
+        else:
+            weight.assign(0.3 * rng.normal(size=weight.shape))
+    return model
+
+
+def stock_backbone(**arguments):
+    return randomize(keras_hub.models.GPT2Backbone(**{**SIZES, **arguments}))
+
+
+def rwr_backbone(**arguments):
+    return randomize(RWRGPT2Backbone(**{**SIZES, **SMALL, **arguments}))
+
+
+def assert_same(a, b, atol=1e-5):
+    np.testing.assert_allclose(numpy(a), numpy(b), rtol=0, atol=atol)
+
+
+# --- as the stock model --------------------------------------------------------------------------
+
+
+def test_stock_weight_files_load_and_give_the_stock_logits(tmp_path):
+    stock = keras_hub.models.GPT2CausalLM(stock_backbone())
+    model = RWRGPT2CausalLM(RWRGPT2Backbone(**SIZES, **PLAIN))
+    stock.backbone.save_weights(tmp_path / "backbone.weights.h5")
+    model.backbone.load_weights(tmp_path / "backbone.weights.h5")
+    expected, logits = numpy(stock(make_batch())), numpy(model(make_batch()))
+    assert logits.shape == (BATCH, LENGTH, VOCABULARY)
+    assert_same(logits[MASK > 0], expected[MASK > 0])
+    # And back.
+    randomize(model, seed=3).backbone.save_weights(tmp_path / "rwr.weights.h5")
+    stock.backbone.load_weights(tmp_path / "rwr.weights.h5")
+    expected, logits = numpy(model(make_batch())), numpy(stock(make_batch()))
+    assert_same(logits[MASK > 0], expected[MASK > 0])
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+def test_files_of_a_stock_task_are_refused(tmp_path):
+    # Keras names a task's backbone after its class there.
+    keras_hub.models.GPT2CausalLM(stock_backbone()).save_weights(tmp_path / "task.weights.h5")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        RWRGPT2CausalLM(rwr_backbone()).load_weights(tmp_path / "task.weights.h5")
+
+
+def test_weights_have_the_stock_paths():
+    stock, model = stock_backbone(), rwr_backbone()
+    assert [w.path for w in model.weights] == [w.path for w in stock.weights]
+    extras = {"edge_weight": "exponential", "use_discoverability": True, "trainable_lens": True}
+    more = {w.path for w in rwr_backbone(**extras).weights} - {w.path for w in stock.weights}
+    names = ("concentration", "discoverability", "lens_strength")
+    assert more == {f"transformer_layer_{i}/self_attention/{n}" for i in (0, 1) for n in names}
+
+
+def test_stock_weight_files_load_beside_extra_weights(tmp_path):
+    stock = stock_backbone()
+    stock.save_weights(tmp_path / "stock.weights.h5")
+    model = RWRGPT2Backbone(**SIZES, **SMALL, **ABLATION["R4"], use_discoverability=True)
+    model.load_weights(tmp_path / "stock.weights.h5")
+    weights = {w.path: numpy(w) for w in model.weights}
+    for weight in stock.weights:
+        np.testing.assert_array_equal(weights.pop(weight.path), numpy(weight))
+    for path, value in weights.items():
+        assert (value == (20.0 if path.endswith("concentration") else 0.0)).all()
+
+
+def test_from_backbone():
+    stock = stock_backbone(dropout=0.2, dtype="mixed_bfloat16", name="mine")
+    model = RWRGPT2Backbone.from_backbone(stock, **SMALL, **ABLATION["R4"])
+    assert (model.dropout, model.name) == (0.2, "mine")
+    assert model.dtype_policy.name == "mixed_bfloat16"
+    assert model.rwr_options["window"] == 3
+    weights = {w.path: numpy(w) for w in model.weights}
+    for weight in stock.weights:
+        np.testing.assert_array_equal(weights[weight.path], numpy(weight))
+    # From one set of options to another.
+    again = RWRGPT2Backbone.from_backbone(model, window=5)
+    assert again.rwr_options == {**model.rwr_options, "window": 5}
+    with pytest.raises(TypeError, match="`backbone` must be a `keras_hub"):
+        RWRGPT2Backbone.from_backbone(keras.Sequential())
+    stock.enable_lora(2)
+    with pytest.raises(ValueError, match=r"Received: backbone with the weights .*lora_kernel_a"):
+        RWRGPT2Backbone.from_backbone(stock)
+
+
+@pytest.mark.parametrize("step", ABLATION)
+def test_the_model_is_causal_and_blind_to_padding(step):
+    model = rwr_backbone(**ABLATION[step])
+    tokens = make_tokens()
+    expected = numpy(model(make_batch()))
+    other = np.where(MASK > 0, tokens, make_tokens(5))
+    output = numpy(model({"token_ids": other, "padding_mask": MASK}))
+    np.testing.assert_array_equal(output[MASK > 0], expected[MASK > 0])
+    for seen in (1, 8, 14):
+        other = np.concatenate([tokens[:, :seen], make_tokens(6)[:, seen:]], axis=1)
+        output = numpy(model(make_batch(other)))
+        real = MASK[:, :seen] > 0
+        np.testing.assert_array_equal(output[:, :seen][real], expected[:, :seen][real])
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_fit_lowers_the_loss():
+    model = RWRGPT2CausalLM(RWRGPT2Backbone(**ONE_LAYER, **SMALL, **ABLATION["R3"]))
+    model.compile(
+        keras.optimizers.Adam(3e-3),
+        weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")],
+    )
+    tokens = np.tile(np.arange(1, 5), (BATCH, 5))  # (B, 20)
+    x = {"token_ids": tokens[:, :LENGTH] * MASK, "padding_mask": MASK}
+    y = tokens[:, 1:] * MASK
+    before = [numpy(weight) for weight in model.trainable_weights]
+    history = model.fit(
+        x, y, sample_weight=MASK.astype("float32"), epochs=8, shuffle=False, verbose=0
+    ).history
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < 0.9 * history["loss"][0]
+    assert history["perplexity"][-1] < 0.8 * history["perplexity"][0]
+    for weight, old in zip(model.trainable_weights, before, strict=True):
+        assert (numpy(weight) != old).any(), weight.path
+    loss, perplexity = model.evaluate(x, y, sample_weight=MASK.astype("float32"), verbose=0)
+    total = loss * MASK.size / MASK.sum()  # Keras divides a weighted loss by the batch's size
+    np.testing.assert_allclose(perplexity, np.exp(total), rtol=1e-3)
+
+
+def test_mixed_precision():
+    exact = RWRGPT2Backbone(**ONE_LAYER, **SMALL, **ABLATION["R4"])
+    model = RWRGPT2Backbone(**ONE_LAYER, **SMALL, **ABLATION["R4"], dtype="mixed_bfloat16")
+    model.set_weights([numpy(weight) for weight in exact.weights])
+    output = model(make_batch())
+    assert keras.backend.standardize_dtype(output.dtype) == "bfloat16"
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+    expected = numpy(exact(make_batch()))[MASK > 0]
+    # Activations of order 1 rounded to 2^-9 in each of about six layers.
+    assert_same(numpy(ops.cast(output, "float32"))[MASK > 0], expected, atol=0.1)
+
+    task = RWRGPT2CausalLM(model)
+    task.compile(sampler="greedy")
+    history = task.fit(make_batch(), make_tokens(), epochs=1, shuffle=False, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+def greedy(model, tokens, mask):
+    """Greedy tokens by the plainest means: a full forward pass over the tokens so far for each.
+
+    Behind them stand padding and zeros, not what `generate` has there: it must not matter.
+    """
+    tokens = tokens.copy()
+    for position in range(mask.sum(-1).min(), LENGTH):
+        seen = np.broadcast_to(np.arange(LENGTH) < position, tokens.shape).astype("int32")
+        logits = numpy(model({"token_ids": tokens * seen, "padding_mask": seen}))
+        best = logits[:, position - 1].argmax(-1)
+        tokens[:, position] = np.where(mask[:, position], tokens[:, position], best)
+    return tokens
+
+
+PROMPT_MASK = (np.arange(LENGTH) < np.array([[5], [3], [9]])).astype("int32")
+
+
+def test_greedy_generation_is_the_argmax_of_the_full_forward_pass():
+    model = RWRGPT2CausalLM(rwr_backbone(**ABLATION["R3"], **ABLATION["R4"]))
+    model.compile(sampler="greedy")
+    prompt = make_tokens() * PROMPT_MASK
+    output = model.generate({"token_ids": prompt, "padding_mask": PROMPT_MASK}, stop_token_ids=None)
+    expected = greedy(model, prompt, PROMPT_MASK)
+    np.testing.assert_array_equal(output["token_ids"], expected)
+    np.testing.assert_array_equal(expected * PROMPT_MASK, prompt)
+    assert len(np.unique(expected[PROMPT_MASK == 0])) > 3
+
+
+def test_generation_as_the_stock_model():
+    stock = keras_hub.models.GPT2CausalLM(stock_backbone(num_layers=1))
+    model = RWRGPT2CausalLM(RWRGPT2Backbone.from_backbone(stock.backbone, **PLAIN))
+    prompt = {"token_ids": make_tokens() * PROMPT_MASK, "padding_mask": PROMPT_MASK}
+    for sampler in ("greedy", keras_hub.samplers.BeamSampler(num_beams=2)):
+        outputs = []
+        for task in (stock, model):
+            task.compile(sampler=sampler)
+            outputs.append(task.generate(dict(prompt), stop_token_ids=(7,)))
+        for name in ("token_ids", "padding_mask"):
+            np.testing.assert_array_equal(outputs[0][name], outputs[1][name])
+
+
+def test_generation_from_text():
+    vocabulary = ["!", "a", "b", "Ġ", "Ġa", "Ġb", "ab", "Ġab", "<|endoftext|>"]
+    tokenizer = keras_hub.models.GPT2Tokenizer(
+        vocabulary={token: i for i, token in enumerate(vocabulary)},
+        merges=["Ġ a", "Ġ b", "a b", "Ġa b"],
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=12)
+    model = RWRGPT2CausalLM(rwr_backbone(num_layers=1), preprocessor)
+    model.compile(sampler="greedy")
+    outputs = model.generate(["a b", " ab a b a"], max_length=9)
+    assert outputs[0].startswith("a b")
+    assert outputs[1].startswith(" ab a b a")
+
+
+def test_bad_prompts():
+    model = RWRGPT2CausalLM(rwr_backbone())
+    model.compile(sampler="greedy")
+    for row in ([0] * LENGTH, [0, 1] + [0] * (LENGTH - 2), [1, 0, 1] + [0] * (LENGTH - 3)):
+        mask = np.array([[1, 1] + [0] * (LENGTH - 2), row])
+        with pytest.raises(ValueError, match="`padding_mask` must be true at the tokens"):
+            model.generate(
+                {"token_ids": np.ones_like(mask), "padding_mask": mask}, stop_token_ids=None
+            )
+
+
+def test_a_stock_cache_is_refused():
+    model = RWRGPT2CausalLM(rwr_backbone())
+    for shape, dtype in (((1, 2, 2, LENGTH, 2, 6), "float32"), ((1, LENGTH), "float32")):
+        with pytest.raises(ValueError, match=r"`cache` must be an int tensor of shape \(B, S\)"):
+            model.call_with_cache(np.ones((1, 1), "int32"), np.zeros(shape, dtype), 3)
+    decoder = model.backbone.transformer_layers[0]
+    x = np.zeros((1, 1, 12), "float32")
+    with pytest.raises(ValueError, match=r"`self_attention_cache` must be `None`.* Received: self"):
+        decoder(x, self_attention_cache=np.zeros((1, 2, 5, 2, 6), "float32"))
+    with pytest.raises(ValueError, match="`decoder_attention_mask` must be `None`"):
+        decoder(x, decoder_attention_mask=np.ones((1, 1, 1), bool))
+
+
+def test_score_is_the_forward_pass():
+    model = RWRGPT2CausalLM(rwr_backbone())
+    batch = make_batch()
+    assert_same(model.score(**batch), model(batch))
+
+
+# --- saving and arguments ------------------------------------------------------------------------
+
+OPTION_SETS = [
+    {},
+    {
+        "alpha": 0.35,
+        "steps": 2,
+        "threshold": -0.1,
+        "edge_weight": "exponential",
+        "concentration": [2.0, 3.0],
+        "reversible": True,
+        "reciprocal_beta": 0.7,
+        "lens_strength": [0.1, 0.2],
+        "trainable_lens": True,
+        "use_discoverability": True,
+        "block_size": 8,
+        "head_dim_pad": 16,
+        "implementation": "portable",
+        "dropout": 0.2,
+    },
+]
+
+
+@pytest.mark.parametrize("options", OPTION_SETS, ids=["default", "many"])
+def test_config_and_file_round_trip(tmp_path, options):
+    backbone = rwr_backbone(**options)
+    for name, value in {**SIZES, **SMALL, **options}.items():
+        assert backbone.get_config()[name] == value
+    again = RWRGPT2Backbone.from_config(backbone.get_config())
+    assert again.get_config() == backbone.get_config()
+    attention = again.transformer_layers[0]._self_attention_layer
+    assert isinstance(attention, RWRAttention)
+    for name, value in {**SMALL, **options}.items():
+        assert attention.get_config()[name] == value
+
+    expected = numpy(backbone(make_batch()))
+    backbone.save(tmp_path / "backbone.keras")
+    loaded = keras.models.load_model(tmp_path / "backbone.keras")
+    assert type(loaded) is RWRGPT2Backbone
+    assert_same(loaded(make_batch()), expected, atol=0)
+
+    task = RWRGPT2CausalLM(backbone)
+    task.save(tmp_path / "task.keras")
+    # KerasHub's tasks do not save how they were compiled.
+    loaded = keras.models.load_model(tmp_path / "task.keras", compile=False)
+    assert type(loaded) is RWRGPT2CausalLM
+    assert_same(loaded(make_batch()), task(make_batch()), atol=0)
+
+
+def test_stock_presets_stay_stock(tmp_path):
+    # Registering a subclass must not change which class KerasHub picks for a stock preset.
+    keras_hub.models.GPT2CausalLM(stock_backbone()).save_to_preset(tmp_path / "stock")
+    for base in (keras_hub.models.CausalLM, keras_hub.models.GPT2CausalLM):
+        task = base.from_preset(str(tmp_path / "stock"), preprocessor=None)
+        assert type(task) is keras_hub.models.GPT2CausalLM
+        assert type(task.backbone) is keras_hub.models.GPT2Backbone
+
+
+def test_decoder_round_trip():
+    decoder = TransformerDecoder(
+        20, 2, rwr_options=SMALL, activation="gelu", normalize_first=False, dropout=0.1
+    )
+    stock = keras_hub.layers.TransformerDecoder(20, 2, activation="gelu", normalize_first=False)
+    x = np.random.default_rng(0).normal(size=(BATCH, LENGTH, 12)).astype("float32")
+    decoder.build(x.shape)
+    stock.build(x.shape)
+    serialized = keras.saving.serialize_keras_object(decoder)
+    assert serialized["registered_name"] == "keras_rwr>RWRTransformerDecoder"
+    again = keras.saving.deserialize_keras_object(serialized)
+    assert type(again) is TransformerDecoder
+    assert again.built
+    assert again.rwr_options == SMALL
+    plain = TransformerDecoder(20, 2, rwr_options=PLAIN, activation="gelu")
+    plain.build(x.shape)
+    plain.set_weights([numpy(weight) for weight in stock.weights])
+    for is_causal in (True, False):
+        output = plain(x, decoder_padding_mask=MASK, use_causal_mask=is_causal)
+        expected = stock(x, decoder_padding_mask=MASK, use_causal_mask=is_causal)
+        assert_same(numpy(output)[MASK > 0], numpy(expected)[MASK > 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"neighbor_block": 8, "topk": 8}, ValueError, r"`neighbor_block` must be at most"),
+        ({"alpha": 0.0}, ValueError, "Received: alpha=0.0"),
+        ({"concentration": 0.5}, ValueError, "`concentration` must be in"),
+        ({"lens_strength": [0.1]}, ValueError, "`lens_strength` must have one value a head"),
+        ({"implementation": "cuda"}, ValueError, "`implementation` must be"),
+        ({"num_heads": 5}, ValueError, "`hidden_dim` must be a multiple of `num_heads`. Received"),
+        ({"windows": 3}, TypeError, "windows"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RWRGPT2Backbone(**{**SIZES, **SMALL, **arguments})
+
+
+def test_a_task_needs_its_backbone():
+    with pytest.raises(TypeError, match="`backbone` must be a `RWRGPT2Backbone`"):
+        RWRGPT2CausalLM(stock_backbone())
+
+
+def test_lora_and_int8(tmp_path):
+    model = rwr_backbone()
+    expected = numpy(model(make_batch()))
+    model.enable_lora(2)
+    names = {weight.path for weight in model.trainable_weights}
+    layers = [
+        f"transformer_layer_{i}/self_attention/{n}" for i in (0, 1) for n in ("query", "value")
+    ]
+    kernels = {f"{layer}/lora_kernel_{k}" for layer in layers for k in "ab"}
+    assert kernels <= names
+    assert all(name.startswith(tuple(layers)) for name in names)
+    assert_same(model(make_batch()), expected)
+
+    model = rwr_backbone(topk=0, num_layers=1)
+    expected = numpy(model(make_batch()))[MASK > 0]
+    dense = (keras.layers.Dense, keras.layers.EinsumDense)
+    model.quantize("int8", filters=lambda layer: isinstance(layer, dense))
+    attention = model.transformer_layers[0]._self_attention_layer
+    assert attention.query_dense.kernel.dtype == "int8"
+    output = numpy(model(make_batch()))[MASK > 0]
+    # Inputs and weights of each projection rounded to 1/127 of their largest value.
+    assert_same(output, expected, atol=0.1 * np.abs(expected).max())
+    model.save(tmp_path / "int8.keras")
+    loaded = keras.models.load_model(tmp_path / "int8.keras")
+    assert_same(numpy(loaded(make_batch()))[MASK > 0], output, atol=0)
