@@ -133,15 +133,23 @@ class Jax(Framework):
     def prepare(self, function, arrays, cotangent, variant):
         import jax
 
-        if cotangent is None:
-            forward = jax.jit(lambda *arrays: [function(*arrays)])
-            return lambda: forward(*arrays)
+        # On GPUs a float32 product is one of TF32 factors unless it is said otherwise.
+        is_full = arrays[0].dtype == "float32"
+        precision = "highest" if is_full else jax.config.jax_default_matmul_precision
+
+        @jax.jit
+        def forward(*arrays):
+            with jax.default_matmul_precision(precision):
+                return [function(*arrays)]
 
         @jax.jit
         def forward_and_backward(cotangent, *arrays):
-            output, pullback = jax.vjp(function, *arrays)
-            return [output, *pullback(cotangent)]
+            with jax.default_matmul_precision(precision):
+                output, pullback = jax.vjp(function, *arrays)
+                return [output, *pullback(cotangent)]
 
+        if cotangent is None:
+            return lambda: forward(*arrays)
         return lambda: forward_and_backward(cotangent, *arrays)
 
     def layer_function(self, layer, **arguments):
@@ -176,6 +184,9 @@ class TensorFlow(Framework):
 
     def prepare(self, function, arrays, cotangent, variant):
         import tensorflow as tf
+
+        # On GPUs a float32 product is one of TF32 factors unless it is said otherwise.
+        tf.config.experimental.enable_tensor_float_32_execution(arrays[0].dtype != tf.float32)
 
         @tf.function(jit_compile=variant == "xla")
         def forward(*arrays):

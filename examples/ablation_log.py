@@ -34,6 +34,7 @@ class RunLog(keras.callbacks.Callback):
     def __init__(self, folder, steps_per_epoch, tokens_per_step, seed):
         super().__init__()
         self.seed = seed
+        self.epoch = 0
         self.losses = folder / "losses.csv"
         self.checkpoint = folder / "checkpoint.npz"
         self.steps_per_epoch = steps_per_epoch
@@ -68,11 +69,15 @@ class RunLog(keras.callbacks.Callback):
         return epoch
 
     def on_epoch_begin(self, epoch, logs=None):
-        # torch draws Keras's dropout from a global state, which no variable holds
-        keras.utils.set_random_seed(self.seed + epoch)
+        self.epoch = epoch
         self.timed_steps, self.timed_seconds = 0, 0.0
         if self.started is not None:
             self.started = time.perf_counter()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            # torch draws dropout, and each new data iterator, from a state that no variable holds
+            keras.utils.set_random_seed(self.seed + self.epoch)
 
     def on_train_batch_end(self, batch, logs=None):
         if os.getppid() != self.parent:

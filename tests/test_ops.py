@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, TOLERANCES, assert_close, numpy, value_and_gradients
+from helpers import BACKEND, TOLERANCES, assert_close, compiled, numpy, value_and_gradients
 from keras import ops
 
 import keras_rwr
@@ -264,10 +264,14 @@ def test_compiled_calls_equal_eager_ones(edge_weight):
 @pytest.mark.parametrize("implementation", ["reference", "portable"])
 def test_half_precision_in_half_precision_out(dtype, implementation):
     tensors = draw(dtype=dtype)
-    output = rwr_attention(*tensors, implementation=implementation, **SMALL)
+
+    def attend(*tensors):
+        return rwr_attention(*tensors, implementation=implementation, **SMALL)
+
+    output = compiled(attend)(*tensors)
     assert keras.backend.standardize_dtype(output.dtype) == dtype
     # The arithmetic is in float32: the only error is the last rounding.
-    exact = rwr_attention(*(ops.cast(tensor, "float32") for tensor in tensors), **SMALL)
+    exact = compiled(attend)(*(ops.cast(tensor, "float32") for tensor in tensors))
     rounding = {"float16": 2**-11, "bfloat16": 2**-8}[dtype]
     assert_close(numpy(ops.cast(output, "float32")), numpy(exact), 1.1 * rounding)
 
