@@ -96,7 +96,7 @@ def best_columns(scores, slots):
     chosen = []
     for _ in range(slots):
         best = ops.cast(ops.argmax(scores, axis=-1, keepdims=True), "int32")
-        found = ops.max(scores, axis=-1, keepdims=True) > NEGATIVE
+        found = ops.amax(scores, axis=-1, keepdims=True) > NEGATIVE
         chosen.append(ops.where(found, best, -1))
         scores = ops.where(columns == best, NEGATIVE, scores)
     return ops.concatenate(chosen, axis=-1)

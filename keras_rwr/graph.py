@@ -341,9 +341,9 @@ def select_neighbors(query, key, config, padding_mask=None):
     means = ops.sum(to_blocks(key, block), -2) / ops.maximum(count, 1.0)  # (B, N, J, H)
     far_away = 2 * size + block
     first = to_blocks(ops.where(valid, positions - far_away, 0), block)
-    first = ops.min(first, (-1, -2))[:, :, None] + far_away  # (B or 1, 1, 1, J)
+    first = ops.amin(first, (-1, -2))[:, :, None] + far_away  # (B or 1, 1, 1, J)
     last = to_blocks(ops.where(valid, positions + far_away, 0), block)
-    last = ops.max(last, (-1, -2))[:, :, None] - far_away
+    last = ops.amax(last, (-1, -2))[:, :, None] - far_away
 
     def choose(args):
         rows, real_rows, position = args  # (B, N, R, H), (B or 1, 1, R, 1), (R, 1)

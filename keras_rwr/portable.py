@@ -113,7 +113,7 @@ def windowed_attention(query, key, value, valid, config, bias=None, seed=None):
         bias = ops.where(valid, ops.transpose(bias, (0, 2, 1))[..., None], 0.0)
         logits = logits + ops.swapaxes(band(bias), -1, -2)
     logits = ops.where(near, logits, -1e30)
-    peak = ops.stop_gradient(ops.max(logits, -1, keepdims=True))
+    peak = ops.stop_gradient(ops.amax(logits, -1, keepdims=True))
     weights = ops.where(near, ops.exp(logits - peak), 0.0)
     total = ops.sum(weights, -1, keepdims=True)
     if seed is not None and config.dropout > 0.0:

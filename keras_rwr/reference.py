@@ -268,7 +268,7 @@ def _strongest(walk, mask, topk):
 def _softmax(logits, mask, config, seed):
     """Softmax over `mask`, with dropout; rows without a key are 0."""
     logits = ops.where(mask, logits, -1e30)
-    peak = ops.stop_gradient(ops.max(logits, -1, keepdims=True))
+    peak = ops.stop_gradient(ops.amax(logits, -1, keepdims=True))
     weights = ops.where(mask, ops.exp(logits - peak), 0.0)
     total = ops.sum(weights, -1, keepdims=True)
     probabilities = weights / ops.where(total > 0, total, 1.0)

@@ -261,7 +261,7 @@ def refused(main, capsys, arguments):
         (["--rwr-edge-weight", "flat"], "invalid choice: 'flat'"),
         (["--width", "30", "--heads", "4"], "`width` must be a multiple of `heads`. Received: wid"),
         (["--training-steps", "30"], "`training_steps` must be a multiple of `evaluate_every`"),
-        (["--warmup-steps", "200"], "`warmup_steps` must be less than `training_steps`. Received:"),
+        (["--warmup-steps", "160"], "`warmup_steps` must be less than `training_steps`. Received:"),
         (["--context", "1"], "`context` must be at least 2. Received: context=1"),
         (["--learning-rate", "-1"], "`learning_rate` must be positive. Received: learning_rate=-1"),
         (["--dropout", "1"], "`dropout` must be in [0, 1). Received: dropout=1.0"),
