@@ -190,7 +190,7 @@ def environment(extras):
     if not python.is_file():
         venv.create(folder, with_pip=True)
     stamp.unlink(missing_ok=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
     constrained = [*pip, "--constraint", str(ROOT / "constraints.txt")]
     project = f"{ROOT}[{','.join(state['extras'])}]"
     for command in (
