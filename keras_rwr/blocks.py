@@ -94,11 +94,12 @@ def best_columns(scores, slots):
         return _top_columns(scores, slots)
     columns = ops.arange(ops.shape(scores)[-1], dtype="int32")
     chosen = []
-    for _ in range(slots):
+    for slot in range(slots):
+        if slot > 0:
+            scores = ops.where(columns == best, NEGATIVE, scores)
         best = ops.cast(ops.argmax(scores, axis=-1, keepdims=True), "int32")
-        found = ops.amax(scores, axis=-1, keepdims=True) > NEGATIVE
+        found = ops.take_along_axis(scores, best, axis=-1) > NEGATIVE
         chosen.append(ops.where(found, best, -1))
-        scores = ops.where(columns == best, NEGATIVE, scores)
     return ops.concatenate(chosen, axis=-1)
 
 
