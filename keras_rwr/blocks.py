@@ -95,11 +95,11 @@ def best_columns(scores, slots):
     columns = ops.arange(ops.shape(scores)[-1], dtype="int32")
     chosen = []
     for slot in range(slots):
-        if slot > 0:
-            scores = ops.where(columns == best, NEGATIVE, scores)
         best = ops.cast(ops.argmax(scores, axis=-1, keepdims=True), "int32")
         found = ops.take_along_axis(scores, best, axis=-1) > NEGATIVE
         chosen.append(ops.where(found, best, -1))
+        if slot + 1 < slots:
+            scores = ops.where(columns == best, NEGATIVE, scores)
     return ops.concatenate(chosen, axis=-1)
 
 
@@ -138,8 +138,10 @@ def map_chunks(function, arrays, chunk):
 
     def split(x):
         shape = ops.shape(x)
-        extra = ops.zeros((*shape[:-2], number * chunk - size, shape[-1]), x.dtype)
-        x = ops.concatenate([x, extra], axis=-2)
+        missing = number * chunk - size
+        if not (isinstance(missing, int) and missing == 0):
+            extra = ops.zeros((*shape[:-2], missing, shape[-1]), x.dtype)
+            x = ops.concatenate([x, extra], axis=-2)
         return ops.moveaxis(ops.reshape(x, (*shape[:-2], number, chunk, shape[-1])), -3, 0)
 
     result = ops.moveaxis(ops.map(function, tuple(split(x) for x in arrays)), 0, -3)

@@ -384,7 +384,7 @@ def weigh_edges(query, key, config, concentration, padding_mask, neighbors, peak
 
     def weigh(cosine, mask, kappa):
         if config.edge_weight == "cosine":
-            weights = cosine - min(config.cut, 0.0)
+            weights = cosine - config.cut if config.cut < 0.0 else cosine
         else:
             weights = ops.exp(kappa * (cosine - peak))
         if config.cut is not None:

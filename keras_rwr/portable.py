@@ -113,8 +113,9 @@ def windowed_attention(query, key, value, valid, config, bias=None, seed=None):
         bias = ops.where(valid, ops.transpose(bias, (0, 2, 1))[..., None], 0.0)
         logits = logits + ops.swapaxes(band(bias), -1, -2)
     logits = ops.where(near, logits, -1e30)
-    peak = ops.stop_gradient(ops.amax(logits, -1, keepdims=True))
-    weights = ops.where(near, ops.exp(logits - peak), 0.0)
+    # A row without a key has no logit near its peak, so that all of its weights are 0.
+    peak = ops.maximum(ops.stop_gradient(ops.amax(logits, -1, keepdims=True)), -1e20)
+    weights = ops.exp(logits - peak)
     total = ops.sum(weights, -1, keepdims=True)
     if seed is not None and config.dropout > 0.0:
         rows = ops.reshape(ops.arange(tiling.padded_size, dtype="int32"), (-1, tiling.tile, 1))
