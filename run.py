@@ -30,6 +30,7 @@ import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parent
 BACKENDS = ("torch", "jax", "tensorflow")
+SLOWEST_FIRST = ("tensorflow", "jax", "torch")  # so that no long test process ends alone
 
 # Tests that start processes of their own, with other backends or with none.
 ACROSS_BACKENDS = ("tests/cross_backend", "tests/packaging")
@@ -72,7 +73,7 @@ def test(arguments):
     runs = []
     if single or not selected:
         paths = single if single else ["tests", *(f"--ignore={x}" for x in ACROSS_BACKENDS)]
-        runs += [(backend, backend, paths) for backend in BACKENDS]
+        runs += [(backend, backend, paths) for backend in SLOWEST_FIRST]
     if spanning or not selected:
         paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
         runs.append(("across backends", BACKENDS[0], paths))
