@@ -8,6 +8,7 @@ from keras import ops
 from keras_rwr import dispatch
 from keras_rwr import ops as rwr_ops
 from keras_rwr.config import CONCENTRATION_RANGE, RWRConfig, check_per_head
+from keras_rwr.tensors import compatible
 
 # What `rwr_attention` takes and the dense, deterministic `attention_scores` has no use for.
 _NOT_FOR_SCORES = ("dropout", "block_size", "head_dim_pad")
@@ -452,7 +453,7 @@ def _check_sequences(query_shape, value_shape, key_shape=None):
                 f"`{name}` must have shape (B, S, dim). Received: {name} of shape {shape}"
             )
     for name, shape in shapes.items():
-        if not _compatible(shape[:2], shapes["query"][:2]):
+        if not compatible(shape[:2], shapes["query"][:2]):
             raise ValueError(
                 f"`query` and `{name}` must be the same sequence, of one batch size and length: "
                 "RWR attention is self-attention. "
@@ -473,7 +474,7 @@ def _check_mask(name, mask, query):
         if len(shape) == 3 and shape[1] == 1:
             shape = (shape[0], shape[2])
     # A mask of one row serves the whole batch.
-    if len(shape) == 2 and _compatible(shape, (1 if shape[0] == 1 else batch, length)):
+    if len(shape) == 2 and compatible(shape, (1 if shape[0] == 1 else batch, length)):
         return
     raise ValueError(
         f"`{name}` must have shape {rules}. Received: {name} of shape {tuple(mask.shape)} for "
@@ -497,10 +498,6 @@ def _merge_masks(query, **masks):
     if merged is None:
         return None
     return ops.broadcast_to(merged, ops.shape(query)[:2])
-
-
-def _compatible(shape, expected):
-    return all(a is None or b is None or a == b for a, b in zip(shape, expected, strict=True))
 
 
 def _plain(value):
