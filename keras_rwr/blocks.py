@@ -69,6 +69,15 @@ def far_scatter(weights, blocks, x, block):
     return ops.transpose(received[..., :size], (1, 2, 3, 0))
 
 
+def block_rows(blocks, x, block):
+    """The tokens of chosen blocks: `(B, N, K / b)` and `(B, N, S, F)` to `(B, N, K, F)`."""
+    batch, heads, size, features = ops.shape(x)
+    number = -(-size // block)
+    head = ops.reshape(ops.arange(batch * heads, dtype="int32"), (batch, heads, 1))
+    rows = ops.take(_table(x, block), ops.maximum(blocks, 0) + head * number, axis=0)
+    return ops.reshape(rows, (batch, heads, blocks.shape[-1] * block, features))
+
+
 def to_blocks(x, block):
     """`(B, N, S, F)` to `(B, N, J, block, F)`, zeros behind the last position."""
     size = ops.shape(x)[2]

@@ -172,9 +172,7 @@ def normalize_to_p(graph, key_bias=None):
         degree = degree + ops.sum(far, -1)
     if back is not None:
         degree = degree + graph.scatter(back, ops.ones_like(degree)[..., None])[..., 0]
-    floor = _ISOLATED if graph.config.edge_weight == "cosine" else 0.0
-    isolated = degree <= floor
-    degree = ops.where(isolated, ops.ones_like(degree), degree)
+    degree, isolated = isolate(degree, graph.config)
     share = ops.where(isolated, ops.zeros_like(degree), reciprocal(degree))[..., None]
     loops = tiling.split(ops.cast(isolated, local.dtype)[..., None])  # (B, N, C, M, 1)
     local = local * tiling.split(share) + loops * ops.cast(tiling.diagonal(), local.dtype)
@@ -337,8 +335,7 @@ def select_neighbors(query, key, config, padding_mask=None):
     # Mean unit key and first and last real position of each block.
     positions = ops.arange(size, dtype="int32")[:, None]  # (S, 1)
     real = ops.cast(valid, key.dtype)  # (B, 1, S, 1)
-    count = ops.sum(to_blocks(real, block), -2)
-    means = ops.sum(to_blocks(key, block), -2) / ops.maximum(count, 1.0)  # (B, N, J, H)
+    means = block_means(key, real, block)  # (B, N, J, H)
     far_away = 2 * size + block
     first = to_blocks(ops.where(valid, positions - far_away, 0), block)
     first = ops.amin(first, (-1, -2))[:, :, None] + far_away  # (B or 1, 1, 1, J)
@@ -355,6 +352,35 @@ def select_neighbors(query, key, config, padding_mask=None):
         return best_columns(ops.where(candidate, scores, NEGATIVE), config.slots)
 
     return ops.stop_gradient(map_chunks(choose, (query, valid, positions), _SELECT_ROWS))
+
+
+def block_means(key, real, block):
+    """The mean key of each block: `(B, N, S, H)`, 0 at padding, to `(B, N, J, H)`.
+
+    Args:
+        key: Tensor of shape `(B, N, S, H)`.
+        real: Tensor of shape `(B or 1, 1, S, 1)`, 1 at real tokens and 0 at padding.
+        block: Int. Tokens in a block.
+    """
+    count = ops.sum(to_blocks(real, block), -2)
+    return ops.sum(to_blocks(key, block), -2) / ops.maximum(count, 1.0)
+
+
+def weigh(cosine, mask, config, kappa, peak=0.0):
+    """Weights `f(c)` of the edges in a mask; see `build_sparse_w`, and `weigh_edges` for `peak`."""
+    if config.edge_weight == "cosine":
+        weights = cosine - config.cut if config.cut < 0.0 else cosine
+    else:
+        weights = ops.exp(kappa * (cosine - peak))
+    if config.cut is not None:
+        mask = ops.logical_and(mask, cosine > config.cut)
+    return ops.where(mask, weights, 0.0)
+
+
+def isolate(degree, config):
+    """The degrees D, 1 for isolated tokens, and which tokens are isolated."""
+    isolated = degree <= (_ISOLATED if config.edge_weight == "cosine" else 0.0)
+    return ops.where(isolated, ops.ones_like(degree), degree), isolated
 
 
 def weigh_edges(query, key, config, concentration, padding_mask, neighbors, peak=0.0):
@@ -382,20 +408,12 @@ def weigh_edges(query, key, config, concentration, padding_mask, neighbors, peak
     valid = tiling.pad(ops.cast(valid, "int32")) > 0
     sharpness = per_head(concentration, query.dtype)  # (N or 1, 1, 1)
 
-    def weigh(cosine, mask, kappa):
-        if config.edge_weight == "cosine":
-            weights = cosine - config.cut if config.cut < 0.0 else cosine
-        else:
-            weights = ops.exp(kappa * (cosine - peak))
-        if config.cut is not None:
-            mask = ops.logical_and(mask, cosine > config.cut)
-        return ops.where(mask, weights, 0.0)
-
     near = tiling.local_mask(valid, config)
 
     def local(rows, columns):
         band = ops.swapaxes(tiling.band(tiling.split(columns)), -1, -2)
-        return weigh(ops.matmul(tiling.split(rows), band), near, sharpness[..., None])
+        cosine = ops.matmul(tiling.split(rows), band)
+        return weigh(cosine, near, config, sharpness[..., None], peak)
 
     blocks = far = None
     if neighbors is not None:
@@ -412,7 +430,7 @@ def weigh_edges(query, key, config, concentration, padding_mask, neighbors, peak
             outside = ops.logical_or(outside, distance > config.window)
         chosen = ops.repeat(blocks >= 0, width, axis=-1)
         mask = ops.logical_and(ops.logical_and(chosen, real), outside)
-        far = weigh(cosine, mask, sharpness)
+        far = weigh(cosine, mask, config, sharpness, peak)
     return SparseGraph(
         config=config,
         tiling=tiling,

@@ -5,10 +5,10 @@ import dataclasses
 import keras
 from keras import ops
 
-from keras_rwr import dispatch
+from keras_rwr import decoding, dispatch
 from keras_rwr import ops as rwr_ops
 from keras_rwr.config import CONCENTRATION_RANGE, RWRConfig, check_per_head
-from keras_rwr.tensors import compatible
+from keras_rwr.masks import check_mask, check_sequences, merge_masks
 
 # What `rwr_attention` takes and the dense, deterministic `attention_scores` has no use for.
 _NOT_FOR_SCORES = ("dropout", "block_size", "head_dim_pad")
@@ -141,6 +141,11 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         use_causal_mask: Bool. Whether a token sees only tokens up to itself. Defaults to `False`.
         graph: `None` or a `keras_rwr.graph.SparseGraph` made earlier with the same options, so
             that layers or calls share one.
+        cache: `None` or a cache from `empty_cache`: `query` then has shape `(B, T, dim)`, the next
+            T tokens of sequences whose earlier tokens are in the cache. A causal call without
+            masks, graph, scores or dropout.
+        cache_update_index: Int or int tensor, the position of the first of these tokens. The int 0
+            begins a sequence. Needed with a cache.
 
     Returns:
         attention_output: Tensor of shape `(B, S, E)`, where E is the last dimension of `query` or
@@ -148,6 +153,8 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         attention_scores: (Only with `return_attention_scores=True`) tensor of shape
             `(B, N, S, S)`, the matrix A with heads' outputs `A v`, without dropout:
             `softmax LOCAL + lens_strength * r` for `fusion="sum"`.
+        cache: (Only with a cache) the cache with the new tokens. On torch it is the same one,
+            updated in place, where no gradient is recorded.
 
     Raises:
         ValueError: If an argument is outside its range, two do not fit together, the inputs are
@@ -298,7 +305,7 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         }
 
     def build(self, query_shape, value_shape, key_shape=None):
-        _check_sequences(query_shape, value_shape, key_shape)
+        check_sequences(query_shape, value_shape, key_shape)
         super().build(query_shape, value_shape, key_shape)
         # The projections see inputs that may carry a Keras mask, and keep their positions.
         for dense in (self._query_dense, self._key_dense, self._value_dense):
@@ -343,52 +350,91 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         training=None,
         use_causal_mask=False,
         graph=None,
+        cache=None,
+        cache_update_index=None,
     ):
         if key is None:
             key = value
-        _check_sequences(query.shape, value.shape, key.shape)
-        options = dataclasses.asdict(
-            dataclasses.replace(
-                self._rwr_config,
-                is_causal=bool(use_causal_mask),
-                dropout=self._dropout if training else 0.0,
+        masks = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+        }
+        check_sequences(query.shape, value.shape, key.shape)
+        config = dataclasses.replace(
+            self._rwr_config,
+            is_causal=bool(use_causal_mask),
+            dropout=self._dropout if training else 0.0,
+        )
+        tensors = {
+            "concentration": _first(self.concentration, self._concentration),
+            "lens_strength": _first(self.lens_strength, self._lens_strength),
+            "discoverability": self.discoverability,
+        }
+        if cache is None:
+            padding_mask = merge_masks(query, **masks)
+        else:
+            _check_cached_call(
+                config, cache_update_index, return_attention_scores, graph=graph, **masks
             )
-        )
-        options["concentration"] = _first(self.concentration, self._concentration)
-        options["lens_strength"] = _first(self.lens_strength, self._lens_strength)
-        options["discoverability"] = self.discoverability
-        options["graph"] = graph
-        options["padding_mask"] = _merge_masks(
-            query,
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-        )
         gate = self._gate_dense(query) if self._use_gate else None  # (B, S, N, value_dim)
         query = self._query_dense(query)  # (B, S, N, H)
         key = self._key_dense(key)  # (B, S, N, H)
         value = self._value_dense(value)  # (B, S, N, value_dim)
-        output = rwr_ops.rwr_attention(
-            query,
-            key,
-            value,
-            seed=self._dropout_layer.seed_generator if options["dropout"] > 0 else None,
-            implementation=self._implementation,
-            **options,
-        )  # (B, S, N, value_dim)
+        if cache is None:
+            output = rwr_ops.rwr_attention(
+                query,
+                key,
+                value,
+                padding_mask=padding_mask,
+                graph=graph,
+                seed=self._dropout_layer.seed_generator if config.dropout > 0 else None,
+                implementation=self._implementation,
+                **dataclasses.asdict(config),
+                **tensors,
+            )  # (B, S, N, value_dim)
+        else:
+            output, cache = decoding.attend(
+                query, key, value, config, cache, cache_update_index, **tensors
+            )
         if gate is not None:
             output = ops.multiply(output, gate)
         output = self._output_dense(output)
+        if cache is not None:
+            return output, cache
         if not return_attention_scores:
             return output
+        options = dataclasses.asdict(config)
         for name in _NOT_FOR_SCORES:
             del options[name]
-        scores = rwr_ops.attention_scores(query, key, **options)  # (B, N, S, S)
+        scores = rwr_ops.attention_scores(
+            query, key, padding_mask=padding_mask, graph=graph, **options, **tensors
+        )  # (B, N, S, S)
         return output, ops.cast(scores, self.compute_dtype)
 
+    def empty_cache(self, batch_size, length):
+        """A cache for decoding, without tokens.
+
+        Args:
+            batch_size: Int, or scalar tensor.
+            length: Int. Number of positions, prompt included.
+
+        Returns:
+            A `keras_rwr.decoding.WalkCache`, for the call argument `cache`.
+        """
+        return decoding.empty_cache(
+            dataclasses.replace(self._rwr_config, is_causal=True),
+            batch_size,
+            length,
+            self._num_heads,
+            self._key_dim,
+            self._value_dim,
+            self.compute_dtype,
+        )
+
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
-        _check_sequences(query_shape, value_shape, key_shape)
+        check_sequences(query_shape, value_shape, key_shape)
         return super().compute_output_shape(query_shape, value_shape, key_shape)
 
     def compute_output_spec(
@@ -404,7 +450,13 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         training=None,
         use_causal_mask=False,
         graph=None,
+        cache=None,
+        cache_update_index=None,
     ):
+        if cache is not None:
+            raise ValueError(
+                f"`cache` must be `None` in a symbolic call. Received: cache={type(cache).__name__}"
+            )
         dataclasses.replace(self._rwr_config, is_causal=bool(use_causal_mask))
         masks = {
             "query_mask": query_mask,
@@ -413,7 +465,7 @@ class RWRAttention(keras.layers.MultiHeadAttention):
             "attention_mask": attention_mask,
         }
         for name, mask in masks.items():
-            _check_mask(name, mask, query)
+            check_mask(name, mask, query)
         return super().compute_output_spec(
             query, value, key, return_attention_scores=return_attention_scores
         )
@@ -442,62 +494,30 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         return [weight for weight in weights if weight is not None]
 
 
-def _check_sequences(query_shape, value_shape, key_shape=None):
-    """Checks that the inputs can be one sequence of shape `(B, S, dim)`."""
-    shapes = {"query": tuple(query_shape), "value": tuple(value_shape)}
-    if key_shape is not None:
-        shapes["key"] = tuple(key_shape)
-    for name, shape in shapes.items():
-        if len(shape) != 3:
+def _check_cached_call(config, cache_update_index, return_attention_scores, **others):
+    """Checks the arguments beside `cache`."""
+    if not config.is_causal:
+        raise ValueError(
+            "`use_causal_mask` must be true in cached decoding. Received: use_causal_mask=False"
+        )
+    if cache_update_index is None:
+        raise ValueError(
+            "`cache_update_index` must be the position of the first new token in cached decoding. "
+            "Received: cache_update_index=None"
+        )
+    if config.dropout > 0.0:
+        raise ValueError("`training` must be false in cached decoding. Received: training=True")
+    if return_attention_scores:
+        raise ValueError(
+            "`return_attention_scores` must be false in cached decoding. "
+            "Received: return_attention_scores=True"
+        )
+    for name, value in others.items():
+        if value is not None:
             raise ValueError(
-                f"`{name}` must have shape (B, S, dim). Received: {name} of shape {shape}"
+                f"`{name}` must be `None` in cached decoding: all that the cache holds is real. "
+                f"Received: {name}={value}"
             )
-    for name, shape in shapes.items():
-        if not compatible(shape[:2], shapes["query"][:2]):
-            raise ValueError(
-                f"`query` and `{name}` must be the same sequence, of one batch size and length: "
-                "RWR attention is self-attention. "
-                f"Received: query of shape {shapes['query']}, {name} of shape {shape}"
-            )
-
-
-def _check_mask(name, mask, query):
-    """Checks that a mask says which tokens of `query` are padding, and nothing else."""
-    if mask is None:
-        return
-    shape = tuple(mask.shape)
-    batch, length = query.shape[:2]
-    rules = "(B, S)"
-    if name == "attention_mask":
-        rules = "(B, S) or (B, 1, S): RWR attention takes padding masks and `use_causal_mask`"
-        # The middle axis must be known to be 1.
-        if len(shape) == 3 and shape[1] == 1:
-            shape = (shape[0], shape[2])
-    # A mask of one row serves the whole batch.
-    if len(shape) == 2 and compatible(shape, (1 if shape[0] == 1 else batch, length)):
-        return
-    raise ValueError(
-        f"`{name}` must have shape {rules}. Received: {name} of shape {tuple(mask.shape)} for "
-        f"query of shape {tuple(query.shape)}"
-    )
-
-
-def _merge_masks(query, **masks):
-    """Joins all masks into one padding mask `(B, S)`, true at real tokens, or `None`."""
-    merged = None
-    seen = []
-    for name, mask in masks.items():
-        _check_mask(name, mask, query)
-        if mask is None or any(mask is other for other in seen):
-            continue
-        seen.append(mask)
-        mask = ops.cast(mask, "bool")
-        if len(mask.shape) == 3:
-            mask = ops.squeeze(mask, axis=1)
-        merged = mask if merged is None else ops.logical_and(merged, mask)
-    if merged is None:
-        return None
-    return ops.broadcast_to(merged, ops.shape(query)[:2])
 
 
 def _plain(value):

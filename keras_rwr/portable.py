@@ -35,8 +35,12 @@ def rwr_attention(
     seed=None,
     neighbors=None,
     graph=None,
+    trace=None,
 ):
-    """RWR attention; arguments and result as in `keras_rwr.reference.rwr_attention`."""
+    """RWR attention; arguments and result as in `keras_rwr.reference.rwr_attention`.
+
+    `trace`, a list, gets the iterates of the walk appended; see `walk`.
+    """
     bias = None
     if discoverability is not None:
         bias = key_bias(key, discoverability)  # (B, S, N)
@@ -49,37 +53,66 @@ def rwr_attention(
         value = ops.where(valid, value, 0.0)
     gamma = per_head(lens_strength, value.dtype)
     local = windowed_attention(query, key, value, valid, config, bias, seed)  # (B, N, S, V)
-    output = local + gamma * graph.tiling.cut(walk(graph, graph.tiling.pad(value), config))
+    walked = graph.tiling.cut(walk(graph, graph.tiling.pad(value), config, trace))
+    output = local + gamma * walked
     return ops.cast(ops.transpose(ops.where(valid, output, 0.0), (0, 2, 1, 3)), dtype)
 
 
-def walk(graph, value, config):
+def walk(graph, value, config, trace=None):
     """`alpha sum_t (1 - alpha)^t P^t V`, mixed with the backward walk when reciprocal.
 
     Args:
         graph: Normalised `SparseGraph`.
         value: Tensor of shape `(B, N, padded_size, V)`.
         config: `RWRConfig`.
+        trace: `None` or list. It gets the iterates of Horner's scheme, `Z^0` to `Z^steps`, of shape
+            `(B, N, padded_size, walk_features)`, appended.
 
     Returns:
         Tensor of the shape of `value`.
     """
+    current = start = walk_start(value, graph.stationary[..., None], config)
+    if trace is not None:
+        trace.append(start)
+    for _ in range(config.steps):
+        current = start + (1.0 - config.alpha) * graph.matmul(current)
+        if trace is not None:
+            trace.append(current)
+    return walk_end(current, config)
 
-    def horner(start):
-        current = start
-        for _ in range(config.steps):
-            current = start + (1.0 - config.alpha) * graph.matmul(current)
-        return config.alpha * current
 
+def walk_start(value, stationary, config):
+    """What is walked: V, or `[V, V / pi, 1 / pi]` when reciprocal.
+
+    Args:
+        value: Tensor of shape `(B, N, S, V)`.
+        stationary: Tensor of shape `(B, N, S, 1)`, pi.
+        config: `RWRConfig`.
+
+    Returns:
+        Tensor of shape `(B, N, S, walk_features)`.
+    """
     if not config.is_reciprocal:
-        return horner(value)
+        return value
+    inverse = reciprocal(stationary)
+    return ops.concatenate([value, value * inverse, inverse], axis=-1)
+
+
+def walk_end(current, config):
+    """The walk's sum for its last iterate, `(B, N, S, walk_features)` to `(B, N, S, V)`."""
+    walked = config.alpha * current
+    if not config.is_reciprocal:
+        return walked
     # r_back_ij = rho (r_ij / pi_j) / sum_k (r_ik / pi_k): the same walk of V / pi and of 1 / pi.
-    inverse = reciprocal(graph.stationary)[..., None]
-    features = value.shape[-1]
-    walked = horner(ops.concatenate([value, value * inverse, inverse], axis=-1))
+    features = walked.shape[-1] // 2
     forward, backward = walked[..., :features], walked[..., features : 2 * features]
     backward = config.mass * backward * reciprocal(walked[..., 2 * features :])
     return config.reciprocal_beta * forward + (1.0 - config.reciprocal_beta) * backward
+
+
+def walk_features(config, value_dim):
+    """Number of features that are walked for values of size `value_dim`."""
+    return 2 * value_dim + 1 if config.is_reciprocal else value_dim
 
 
 def windowed_attention(query, key, value, valid, config, bias=None, seed=None):

@@ -25,14 +25,17 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
     Call arguments:
         decoder_sequence: Tensor of shape `(B, S, dim)`.
         decoder_padding_mask: `None` or tensor of shape `(B, S)`, true at real tokens.
+        self_attention_cache: `None` or a cache from `empty_cache`: `decoder_sequence` then holds
+            the next tokens of sequences whose earlier tokens are in the cache.
+        self_attention_cache_update_index: Int or int tensor, the position of the first of them.
         use_causal_mask: Bool. Whether a token sees only tokens up to itself. Defaults to `True`.
         training: Bool. Whether dropout is active.
 
     Returns:
-        Tensor of shape `(B, S, dim)`.
+        Tensor of shape `(B, S, dim)`; with a cache, a tuple of that and the updated cache.
 
     Raises:
-        ValueError: If cross-attention, an attention mask or a cache is asked for.
+        ValueError: If cross-attention or an attention mask is asked for.
     """
 
     def __init__(self, intermediate_dim, num_heads, rwr_options=None, **kwargs):
@@ -98,8 +101,6 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
             decoder_attention_mask=decoder_attention_mask,
             encoder_padding_mask=encoder_padding_mask,
             encoder_attention_mask=encoder_attention_mask,
-            self_attention_cache=self_attention_cache,
-            self_attention_cache_update_index=self_attention_cache_update_index,
             cross_attention_cache=cross_attention_cache,
             cross_attention_cache_update_index=cross_attention_cache_update_index,
         )
@@ -112,7 +113,11 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
             attention_mask=decoder_padding_mask,
             use_causal_mask=use_causal_mask,
             training=training,
+            cache=self_attention_cache,
+            cache_update_index=self_attention_cache_update_index,
         )
+        if self_attention_cache is not None:
+            x, self_attention_cache = x
         x = self._self_attention_dropout(x, training=training)
         x = x + residual
         if not self.normalize_first:
@@ -127,7 +132,11 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
         x = x + residual
         if not self.normalize_first:
             x = self._feedforward_layer_norm(x)
-        return x
+        return x if self_attention_cache is None else (x, self_attention_cache)
+
+    def empty_cache(self, batch_size, length):
+        """A cache without tokens; see `RWRAttention.empty_cache`."""
+        return self._self_attention_layer.empty_cache(batch_size, length)
 
     def get_config(self):
         return {**super().get_config(), "rwr_options": dict(self.rwr_options)}
@@ -155,7 +164,7 @@ def _refuse(**arguments):
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be `None`: a decoder block with RWR attention is self-attention "
-                f"without a cache, and takes `decoder_padding_mask` and `use_causal_mask`. "
+                f"`{name}` must be `None`: a decoder block with RWR attention is self-attention, "
+                f"and takes `decoder_padding_mask` and `use_causal_mask`. "
                 f"Received: {name}={value}"
             )
