@@ -188,18 +188,18 @@ def _step(
     query, key, value = head_major(query), head_major(key), head_major(value)  # (B, N, 1, ...)
     query_slice, walk_slice = _features(config, key.shape[-1], value.shape[-1])
 
-    # The columns: the window before the token, the chosen blocks, and the token itself.
-    near, near_mask = _window(cache.rows, config, index)
-    rows, masks, local_masks = [near], [near_mask], [near_mask]
+    # The columns: the window before the token, the chosen blocks, and the token itself. Their
+    # positions are -1 where there is no edge.
+    near, near_positions = _window(cache.rows, config, index)
+    rows, positions = [near], [near_positions]
     if cache.means is not None:
-        far, far_mask = _far(query, cache, config, index)
+        far, far_positions = _far(query, cache, config, index)
         rows.append(far)
-        masks.append(far_mask)
-        local_masks.append(ops.zeros_like(far_mask))
+        positions.append(far_positions)
+    positions.append(ops.broadcast_to(index, (*ops.shape(key)[:2], 1, 1)))
     columns = ops.cast(ops.concatenate(rows, axis=2), key.dtype)  # (B, N, C - 1, F)
-    itself = ops.ones_like(key[..., 0], dtype="bool")[..., None]  # (B, N, 1, 1)
-    edges, local = (ops.concatenate([*x, itself], axis=-1) for x in (masks, local_masks))
-    is_self = ops.concatenate([ops.zeros_like(x) for x in masks] + [itself], axis=-1)
+    positions = ops.concatenate(positions, axis=-1)  # (B, N, 1, C)
+    edges, local = positions >= 0, positions >= ops.maximum(index - config.window, 0)
     keys = ops.concatenate([columns[..., : key.shape[-1]], key], axis=2)  # (B, N, C, H)
     values = columns[..., walk_slice]  # (B, N, C - 1, walks)
     bias = _bias(keys, discoverability)  # (B, N, 1, C)
@@ -209,14 +209,16 @@ def _step(
     output = _combine(probabilities, values[..., : value.shape[-1]], value)
 
     kappa = per_head(concentration, key.dtype)
-    weights = weigh(_dots(unit(query), unit(keys)), edges, config, kappa)
+    unit_keys = unit(keys)
+    weights = weigh(_dots(unit(query), unit_keys), edges, config, kappa)
     if config.reversible:
         queries = ops.concatenate([columns[..., query_slice], query], axis=2)
         back = weigh(_dots(unit(key), unit(queries)), local, config, kappa)
         weights = 0.5 * (weights + back)
     weights = weights * ops.exp(bias)
     degree, isolated = isolate(ops.sum(weights, axis=-1, keepdims=True), config)
-    transition = ops.where(isolated, ops.cast(is_self, weights.dtype), weights / degree)
+    itself = ops.cast(positions == index, weights.dtype)
+    transition = ops.where(isolated, itself, weights / degree)
 
     start = portable.walk_start(value, degree * ops.exp(bias[..., -1:]), config)
     walks = [start]
@@ -228,8 +230,15 @@ def _step(
     output = output + gamma * portable.walk_end(walks[-1], config)
 
     row = [key, *([] if query_slice is None else [query]), *walks[: max(1, config.steps)]]
-    cache = _append(cache, ops.concatenate(row, axis=-1), config, index)
-    return ops.cast(ops.transpose(output, (0, 2, 1, 3)), dtype), cache
+    cache_rows, means = _write(cache.rows, ops.concatenate(row, axis=-1), index), cache.means
+    if means is not None:
+        # From the columns: XLA copies a cache that is read again behind its update.
+        block = index // config.neighbor_block
+        in_block = ops.cast(positions >= block * config.neighbor_block, keys.dtype)
+        mean = ops.matmul(in_block, unit_keys) / ops.sum(in_block, axis=-1, keepdims=True)
+        means = _write(means, mean, block)
+    output = ops.transpose(output, (0, 2, 1, 3))
+    return ops.cast(output, dtype), WalkCache(cache_rows, means)
 
 
 def _dense_step(query, key, value, config, cache, index, **tensors):
@@ -247,43 +256,28 @@ def _dense_step(query, key, value, config, cache, index, **tensors):
 
 
 def _window(rows, config, index):
-    """Rows of the `window` tokens before `index`, `(B, N, W, F)`, and which are, `(B, N, 1, W)`."""
+    """Rows of the `window` tokens before `index`, `(B, N, W, F)`, and positions `(B, N, 1, W)`."""
     batch, heads, size, features = ops.shape(rows)
     width = min(config.window, size)
     start = ops.clip(index - width, 0, size - width)
     near = ops.slice(rows, (0, 0, start, 0), (batch, heads, width, features))
     positions = start + ops.arange(width, dtype="int32")
-    mask = ops.logical_and(positions < index, positions >= index - config.window)
-    return near, ops.broadcast_to(mask, (batch, heads, 1, width))
+    positions = ops.where(positions < index, positions, -1)
+    return near, ops.broadcast_to(positions, (batch, heads, 1, width))
 
 
 def _far(query, cache, config, index):
-    """Rows of the tokens in the chosen blocks, `(B, N, K, F)`, and which are edges."""
+    """Rows of the tokens in the chosen blocks, `(B, N, K, F)`, and positions `(B, N, 1, K)`."""
     block = config.neighbor_block
     scores = _dots(unit(query), cache.means)  # (B, N, 1, J)
     first = block * ops.arange(ops.shape(scores)[-1], dtype="int32")
     scores = ops.where(first < index - config.window, scores, NEGATIVE)
     chosen = best_columns(scores, config.slots)  # (B, N, 1, K / b)
     positions = chosen[..., None] * block + ops.arange(block, dtype="int32")
-    mask = ops.logical_and(chosen[..., None] >= 0, positions < index - config.window)
-    mask = ops.reshape(mask, (*ops.shape(chosen)[:3], config.topk))
-    return block_rows(ops.squeeze(chosen, axis=2), cache.rows, block), mask
-
-
-def _append(cache, row, config, index):
-    """Writes the row of the token at `index`, and the mean of its block."""
-    rows = _write(cache.rows, row, index)
-    if cache.means is None:
-        return WalkCache(rows)
-    # The block's rows behind the token may hold leftovers of padding.
-    block, key_dim = config.neighbor_block, cache.means.shape[-1]
-    number = index // block
-    shape = (*ops.shape(rows)[:2], block, key_dim)
-    keys = ops.slice(rows, (0, 0, number * block, 0), shape)
-    known = number * block + ops.arange(block, dtype="int32") <= index
-    real = ops.cast(ops.reshape(known, (1, 1, block, 1)), cache.means.dtype)
-    keys = unit(ops.cast(keys, cache.means.dtype)) * real
-    return WalkCache(rows, _write(cache.means, block_means(keys, real, block), number))
+    positions = ops.reshape(positions, (*ops.shape(chosen)[:3], config.topk))
+    # A block that was not chosen is -1, and its positions are negative.
+    positions = ops.where(positions < index - config.window, ops.maximum(positions, -1), -1)
+    return block_rows(ops.squeeze(chosen, axis=2), cache.rows, block), positions
 
 
 def _write(x, update, index):
