@@ -33,7 +33,7 @@ BACKENDS = ("torch", "jax", "tensorflow")
 SLOWEST_FIRST = ("tensorflow", "jax", "torch")  # so that no long test process ends alone
 
 # Tests that start processes of their own, with other backends or with none.
-ACROSS_BACKENDS = ("tests/cross_backend", "tests/packaging")
+ACROSS_BACKENDS = ("tests/cross_backend", "tests/devices", "tests/packaging")
 
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 

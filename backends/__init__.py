@@ -13,7 +13,9 @@ A subpackage (`torch`, `jax`, `tensorflow`) offers
   padding_mask, seed, neighbors, graph)`: the differentiable operation on the framework's own
   tensors, `(B, S, N, H)` in and `(B, S, N, V)` out. `neighbors`, the numbers of the key blocks
   that each query links to, were chosen outside, so that no two implementations differ at a
-  near-tie.
+  near-tie. `seed` is `None`, an int, or an int tensor of shape `(2,)` or `(4,)`; of four numbers
+  the last two are added to the numbers of batch entries and heads in dropout's hash, because the
+  call is one device's part of a larger one. See `keras_rwr.dropout`.
 
 Subpackages never import one another, and importing `keras_rwr` imports none of them.
 """

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rwr import portable, reference
+from keras_rwr import portable, reference, sharding
 from keras_rwr.blocks import NEGATIVE, best_columns, block_rows
 from keras_rwr.graph import block_means, isolate, select_neighbors, weigh
 from keras_rwr.tensors import compatible, head_major, key_bias, per_head, unit
@@ -117,13 +117,13 @@ def attend(
         "discoverability": discoverability,
     }
     if isinstance(index, int) and index == 0:
-        return _prefill(query, key, value, config, cache, **tensors)
+        return _over_devices(_prefill, query, key, value, config, cache, **tensors)
     step = _step if config.fusion == "sum" else _dense_step
     outputs = []
     for token in range(length):
         new = (x[:, token : token + 1] for x in (query, key, value))
         position = ops.convert_to_tensor(index + token, dtype="int32")
-        output, cache = step(*new, config, cache, position, **tensors)
+        output, cache = _over_devices(step, *new, config, cache, position, **tensors)
         outputs.append(output)
     return ops.concatenate(outputs, axis=1), cache
 
@@ -144,6 +144,42 @@ def check_cache(cache, config, query, value):
             "`cache` must be made by `RWRAttention.empty_cache` of a layer with the same options, "
             f"with rows of shape (B, N, R, F) = {expected}. Received: rows of shape {shape}"
         )
+
+
+def _over_devices(function, query, key, value, config, cache, *index, **tensors):
+    """`_prefill` or a step. Devices that share the work have a part of the cache each."""
+    if not sharding.is_active():
+        return function(query, key, value, config, cache, *index, **tensors)
+    run = sharding.over_devices(
+        _on_device,
+        ("bsnh", "bsnh", "bsnh", "bnrf", "bnjh", "n", "n", "nh", *("" for _ in index)),
+        ("bsnh", "bnrf", "bnjh")[: 2 if cache.means is None else 3],
+        function,
+        config,
+    )
+    numbers = [
+        ops.reshape(ops.convert_to_tensor(tensors[name]), (-1,))
+        for name in ("lens_strength", "concentration")
+    ]
+    others = (*numbers, tensors["discoverability"], *index)
+    output, *cache = run(query, key, value, cache.rows, cache.means, *others)
+    return output, WalkCache(*cache)
+
+
+def _on_device(function, config, query, key, value, rows, means, *others):
+    lens_strength, concentration, discoverability, *index = others
+    output, cache = function(
+        query,
+        key,
+        value,
+        config,
+        WalkCache(rows, means),
+        *index,
+        lens_strength=lens_strength,
+        concentration=concentration,
+        discoverability=discoverability,
+    )
+    return output, *cache.tensors().values()
 
 
 def _features(config, key_dim, value_dim):

@@ -1,4 +1,9 @@
-"""Dropout by a counter-based hash: every implementation drops the same pairs."""
+"""Dropout by a counter-based hash: every implementation drops the same pairs.
+
+A seed is an int, or an int tensor of two words. When a call is one piece of a larger one, as on one
+of several devices, the tensor has two more: the position of the call's first batch entry and of its
+first head in the larger one, so that together the pieces drop what the whole would.
+"""
 
 from keras import ops
 
@@ -12,11 +17,12 @@ _GOLDEN = 0x9E3779B9 - 2**32
 def keep_mask(seed, rate, batch, heads, rows, columns):
     """Which pairs of positions keep their probability.
 
-    The bit of pair (i, j) is a hash of (seed, batch, head, i, j) alone, so that tile order and
-    backend do not matter and a backward pass can make it again.
+    The bit of pair (i, j) is a hash of (seed, batch, head, i, j) alone, so that tile order, backend
+    and the division over devices do not matter and a backward pass can make it again.
 
     Args:
-        seed: Int, or int tensor of shape `(2,)`; an int s means `(s, 0)`.
+        seed: Int, or int tensor of shape `(2,)` or `(4,)`; an int s means `(s, 0)`, and the last
+            two are the position of the first batch entry and of the first head, 0 by default.
         rate: Float in [0, 1). Share of the pairs to drop.
         batch: Int, or scalar tensor. Batch size B.
         heads: Int. Number of heads N.
@@ -26,10 +32,13 @@ def keep_mask(seed, rate, batch, heads, rows, columns):
     Returns:
         Bool tensor of shape `(B, N, ..., M, L)`, true where the pair is kept.
     """
-    first, second = seed_words(seed)
+    words = seed_words(seed)
+    first, second = words[:1], words[1:2]
     inner = (1,) * len(rows.shape)
-    batch = ops.reshape(ops.arange(batch, dtype="int32"), (-1, 1, *inner))
-    head = ops.reshape(ops.arange(heads, dtype="int32"), (-1, *inner))
+    batch, head = ops.arange(batch, dtype="int32"), ops.arange(heads, dtype="int32")
+    if words.shape[0] == 4:
+        batch, head = batch + words[2], head + words[3]
+    batch, head = ops.reshape(batch, (-1, 1, *inner)), ops.reshape(head, (-1, *inner))
     row = _mix(ops.bitwise_xor(_mix(first), second))
     for counter in (batch, head, ops.cast(rows, "int32")):
         row = _mix(ops.bitwise_xor(row, counter))
@@ -38,12 +47,11 @@ def keep_mask(seed, rate, batch, heads, rows, columns):
 
 
 def seed_words(seed):
-    """A seed as two int32 tensors of shape `(1,)`."""
+    """A seed as an int32 tensor of shape `(2,)` or `(4,)`."""
     if isinstance(seed, int):
         seed = [(seed + 2**31) % 2**32 - 2**31, 0]
-        seed = ops.convert_to_tensor(seed, dtype="int32")
-    seed = ops.cast(seed, "int32")
-    return seed[:1], seed[1:]
+        return ops.convert_to_tensor(seed, dtype="int32")
+    return ops.cast(seed, "int32")
 
 
 def _mix(x):

@@ -7,9 +7,10 @@ from keras import ops
 from keras.src.backend import any_symbolic_tensors
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from keras_rwr import dispatch, reference
+from keras_rwr import dispatch, reference, sharding
 from keras_rwr import graph as graphs
 from keras_rwr.config import CONCENTRATION_RANGE, GRAPH_OPTIONS, RWRConfig, check_per_head
+from keras_rwr.dropout import seed_words
 from keras_rwr.tensors import check_shapes, compatible, key_bias, prepare
 
 
@@ -78,7 +79,8 @@ def rwr_attention(
         is_causal: Bool. A token sees itself and its past only. Defaults to `False`.
         dropout: Float in [0, 1). Dropout rate of the softmax probabilities. Defaults to 0.
         seed: Int, `keras.random.SeedGenerator`, or int tensor of shape `(2,)`. Needed, and used,
-            when `dropout > 0`.
+            when `dropout > 0`. A tensor of shape `(4,)` ends in the position of the first batch
+            entry and of the first head, for a call that is one piece of a larger one.
         graph: `None`, or a graph from `keras_rwr.graph.normalize_to_p` that was built with the
             same options, to walk on instead of building one.
         block_size: `None` or int >= 1. Queries in a tile; changes speed only.
@@ -182,32 +184,10 @@ class RWRAttentionOperation(keras.Operation):
             check_graph(graph, query, config)
         if in_symbolic_scope():
             return ops.cast(ops.zeros_like(value), query.dtype)
-        spec = dispatch.CallSpec(
-            backend=keras.backend.backend(),
-            device=dispatch.current_device(query),
-            dtype=keras.backend.standardize_dtype(query.dtype),
-            query_shape=tuple(query.shape),
-            value_size=value.shape[-1],
-            config=config,
-            has_graph=graph is not None,
-        )
-        implementation = dispatch.load(dispatch.choose(spec, self.implementation))
-        neighbors = None
-        if graph is None and config.steps > 0:
-            neighbors = graphs.select_neighbors(query, key, config, padding_mask)
-        return implementation.rwr_attention(
-            query,
-            key,
-            value,
-            config,
-            lens_strength=lens_strength,
-            concentration=concentration,
-            discoverability=discoverability,
-            padding_mask=padding_mask,
-            seed=seed,
-            neighbors=neighbors,
-            graph=graph,
-        )
+        tensors = (query, key, value, lens_strength, concentration, discoverability, padding_mask)
+        if graph is None and sharding.is_active():
+            return _attend_over_devices(config, self.implementation, *tensors, seed)
+        return _attend(config, self.implementation, *tensors, seed, graph)
 
     def compute_output_spec(
         self,
@@ -232,6 +212,78 @@ class RWRAttentionOperation(keras.Operation):
         check_per_head("lens_strength", lens_strength, heads)
         check_per_head("concentration", concentration, heads, *CONCENTRATION_RANGE)
         _check_discoverability(discoverability, heads, head_size)
+
+
+def _attend(
+    config,
+    implementation,
+    query,
+    key,
+    value,
+    lens_strength,
+    concentration,
+    discoverability,
+    padding_mask,
+    seed,
+    graph=None,
+):
+    """Chooses an implementation and neighbours, and runs checked tensors."""
+    spec = dispatch.CallSpec(
+        backend=keras.backend.backend(),
+        device=dispatch.current_device(query),
+        dtype=keras.backend.standardize_dtype(query.dtype),
+        query_shape=tuple(query.shape),
+        value_size=value.shape[-1],
+        config=config,
+        has_graph=graph is not None,
+    )
+    module = dispatch.load(dispatch.choose(spec, implementation))
+    neighbors = None
+    if graph is None and config.steps > 0:
+        neighbors = graphs.select_neighbors(query, key, config, padding_mask)
+    return module.rwr_attention(
+        query,
+        key,
+        value,
+        config,
+        lens_strength=lens_strength,
+        concentration=concentration,
+        discoverability=discoverability,
+        padding_mask=padding_mask,
+        seed=seed,
+        neighbors=neighbors,
+        graph=graph,
+    )
+
+
+def _attend_over_devices(config, implementation, query, key, value, *others):
+    """`_attend` where each device has the batch entries and heads of its own."""
+    lens_strength, concentration, discoverability, padding_mask, seed = others
+    numbers = [ops.reshape(ops.convert_to_tensor(x), (-1,)) for x in (lens_strength, concentration)]
+    positions = (None, None)
+    if seed is not None:
+        seed = seed_words(seed)
+        starts = seed[2:] if seed.shape[0] == 4 else (0, 0)
+        sizes = (query.shape[0], query.shape[2])
+        positions = [
+            start + ops.arange(size, dtype="int32")
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+    run = sharding.over_devices(
+        _attend_on_device,
+        ("bsnh", "bsnh", "bsnh", "n", "n", "nh", "bs", "w", "b", "n"),
+        "bsnh",
+        config,
+        implementation,
+    )
+    return run(query, key, value, *numbers, discoverability, padding_mask, seed, *positions)
+
+
+def _attend_on_device(config, implementation, *tensors):
+    *tensors, seed, entries, heads = tensors
+    if seed is not None:
+        seed = ops.concatenate([seed[:2], entries[:1], heads[:1]])
+    return _attend(config, implementation, *tensors, seed)
 
 
 def attention_scores(
@@ -411,17 +463,17 @@ def _check_discoverability(discoverability, heads, head_size):
 
 
 def _check_seed(seed):
-    """The seed as an int or a tensor of shape `(2,)`."""
+    """The seed as an int or a tensor of shape `(2,)` or `(4,)`."""
     if isinstance(seed, keras.random.SeedGenerator):
         return seed.next()
     if seed is None or isinstance(seed, (bool, float, str)):
         raise ValueError(
-            "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,) "
-            f"when `dropout` > 0. Received: seed={seed!r}"
+            "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,) or "
+            f"(4,) when `dropout` > 0. Received: seed={seed!r}"
         )
-    if not isinstance(seed, int) and tuple(seed.shape) != (2,):
+    if not isinstance(seed, int) and tuple(seed.shape) not in ((2,), (4,)):
         raise ValueError(
-            "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,). "
-            f"Received: seed of shape {tuple(seed.shape)}"
+            "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,) or "
+            f"(4,). Received: seed of shape {tuple(seed.shape)}"
         )
     return seed

@@ -3,7 +3,9 @@
 import contextlib
 
 import keras
+import numpy as np
 import pytest
+import test_decoding as decoding
 from helpers import ALL_CASES, SUM_CASES, TOLERANCES, assert_close, assert_gradients_close, run_case
 
 from keras_rwr.dispatch import current_device
@@ -40,3 +42,11 @@ def test_reference(case):
     output, gradients = run_case(case, "reference")
     assert_close(output, case.expected, TOLERANCES["output"])
     assert_gradients_close(gradients, case.expected_gradients[1])
+
+
+@pytest.mark.parametrize(("name", "block"), decoding.CASES)
+def test_stepwise_decoding(name, block):
+    layer = decoding.make_layer(**{"neighbor_block": block, **decoding.OPTIONS[name]})
+    x = decoding.make_inputs()
+    output = decoding.stepwise(layer, x, behind=decoding.make_inputs(5))
+    np.testing.assert_allclose(output, decoding.full(layer, x), rtol=0, atol=1e-5)

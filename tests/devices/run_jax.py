@@ -1,0 +1,103 @@
+"""Trains, generates and compiles on one and on four CPU devices: `run_jax.py results.npz`.
+
+It uses the functions of examples/distributed/jax_distribution.py, which sets the devices up.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" / "distributed"))
+
+import jax_distribution  # isort: skip, it must be imported before jax
+import jax
+import keras
+import language_model
+
+from keras_rwr import decoding
+from keras_rwr.config import RWRConfig
+from keras_rwr.ops import rwr_attention
+
+KINDS = ("none", "data", "model")
+STEPS, BATCH = 3, 8
+SMALL = {"num_layers": 1, "steps": 2}  # less to compile
+
+
+def main(target):
+    results = {"devices": len(jax.devices())}
+    for kind in KINDS:
+        keras.distribution.set_distribution(jax_distribution.make_distribution(kind))
+        # Dropout too: each device must drop the pairs of its own batch entries and heads.
+        model, losses = jax_distribution.train(STEPS, BATCH, dropout=0.2, **SMALL)
+        results[f"{kind}/losses"] = losses
+        results[f"{kind}/weights"] = np.concatenate(
+            [np.ravel(weight) for weight in model.trainable_variables]
+        )
+        results[f"{kind}/sharded"] = sum(
+            not weight.value.sharding.is_fully_replicated for weight in model.trainable_variables
+        )
+        results[f"{kind}/tokens"] = language_model.continue_sequence(model)
+        if kind != "none":
+            for part, lowered in compile_parts(kind).items():
+                results[f"{kind}/{part}"] = json.dumps(collectives(lowered.compile().as_text()))
+    np.savez(target, **results)
+
+
+OPTIONS = {
+    "edge_weight": "exponential",
+    "window": 7,
+    "topk": 8,
+    "neighbor_block": 4,
+    "is_causal": True,
+    "reversible": True,
+}
+
+
+def compile_parts(kind):
+    """The attention's forward and backward pass, and its step in decoding, to compile."""
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    heads = "model" if kind == "model" else None
+
+    def like(shape, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+
+    def loss(query, key, value, concentration):
+        options = {**OPTIONS, "concentration": concentration, "dropout": 0.1, "seed": 3}
+        return jax.numpy.sum(rwr_attention(query, key, value, **options) ** 2)
+
+    def step(query, rows, means, index):
+        cache = decoding.WalkCache(rows, means)
+        output, cache = decoding.attend(
+            query,
+            query,
+            query,
+            RWRConfig(**OPTIONS),
+            cache,
+            index,
+            lens_strength=0.3,
+            concentration=20.0,
+        )
+        return output, cache.tensors()
+
+    x = like((8, 64, 2, 16), "batch", None, heads)
+    empty = decoding.empty_cache(RWRConfig(**OPTIONS), 8, 64, 2, 16, 16, "float32")
+    cache = [like(x.shape, "batch", heads) for x in empty.tensors().values()]
+    token = like((8, 1, 2, 16), "batch", None, heads)
+    return {
+        "training": jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, like((2,))),
+        "decoding": jax.jit(step).lower(token, *cache, jax.numpy.int32(40)),
+    }
+
+
+def collectives(text):
+    """How many of each collective operation a compiled program has."""
+    names = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    return {name: len(re.findall(rf"\b{name}(?:-start)?\(", text)) for name in names}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
