@@ -196,7 +196,7 @@ def _features(config, key_dim, value_dim):
 
 def _prefill(query, key, value, config, cache, **tensors):
     """Attention of the first tokens, all at once."""
-    walks: list[Tensor] = []
+    walks = []
     if config.fusion == "sum":
         neighbors = select_neighbors(query, key, config)
         output = portable.rwr_attention(
@@ -321,7 +321,9 @@ def _write(x, update, index):
     update = ops.cast(update, x.dtype)
     is_torch = keras.backend.backend() == "torch"
     if is_torch and not (x.requires_grad or update.requires_grad):
-        # `slice_update` would copy the whole cache there for each token.
+        # `slice_update` would copy the whole cache there for each token. A sampler may repeat the
+        # cache of one prompt as a view, which has to become a copy once.
+        x = x.contiguous()
         x[:, :, index : index + update.shape[2]] = update
         return x
     return ops.slice_update(x, (0, 0, index, 0), update)

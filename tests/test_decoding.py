@@ -121,6 +121,23 @@ def test_a_recorded_call_leaves_the_cache_as_it_was():
     np.testing.assert_array_equal(first, second)
 
 
+def test_the_cache_of_one_prompt_serves_several_beams():
+    layer = make_layer()
+    x = np.repeat(make_inputs()[:1], BATCH, axis=0)
+    with no_gradient():
+        _, cache = advance(layer, x[:1], layer.empty_cache(1, LENGTH), 0, PROMPT)
+        cache = decoding.WalkCache(
+            *(ops.repeat(t, BATCH, axis=0) for t in cache.tensors().values())
+        )
+        x[1:, PROMPT:] += 1.0
+        outputs = []
+        for position in range(PROMPT, LENGTH):
+            output, cache = advance(layer, x, cache, position, position + 1)
+            outputs.append(output)
+    output = np.concatenate(outputs, axis=1)
+    np.testing.assert_allclose(output, full(layer, x)[:, PROMPT:], rtol=0, atol=1e-5)
+
+
 def test_the_work_of_a_token_grows_by_block_scores_alone(monkeypatch):
     """Multiplications of all products, and numbers gathered, at two contexts."""
     layer = make_layer(**OPTIONS["R2"])

@@ -1,63 +1,40 @@
 """GPT-2 with RWR attention: against the stock model, training, generation, saving."""
 
+import functools
+
 import keras
 import keras_hub
 import numpy as np
 import pytest
+from gpt2_models import (
+    BATCH,
+    JIT_COMPILE,
+    LENGTH,
+    MASK,
+    ONE_LAYER,
+    PLAIN,
+    QUANTIZE,
+    SIZES,
+    SMALL,
+    VOCABULARY,
+    greedy,
+    make_batch,
+    make_tokens,
+    numpy,
+    randomize,
+)
 from keras import ops
 
 from keras_rwr.layer import RWRAttention
-from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
+from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM, checkpointing
 from keras_rwr.models.gpt2_decoder import TransformerDecoder
 
-BATCH, LENGTH, VOCABULARY = 3, 19, 31
-SIZES = {
-    "vocabulary_size": VOCABULARY,
-    "num_layers": 2,
-    "num_heads": 2,
-    "hidden_dim": 12,
-    "intermediate_dim": 20,
-    "max_sequence_length": LENGTH,
-}
-# Where a whole model is compiled.
-ONE_LAYER = {**SIZES, "num_layers": 1}
-# A window and neighbours that matter at this length.
-SMALL = {"window": 3, "topk": 4, "neighbor_block": 2}
-# The window holds everything and the walk is off: the stock model.
-PLAIN = {"window": LENGTH, "lens_strength": 0.0}
 ABLATION = {
     "R1": {},
     "R2": {"reversible": True},
     "R3": {"reversible": True, "reciprocal_beta": 0.7, "use_discoverability": True},
     "R4": {"edge_weight": "exponential"},
 }
-LENGTHS = np.array([LENGTH, 11, 4])
-MASK = (np.arange(LENGTH) < LENGTHS[:, None]).astype("int32")
-
-
-def make_tokens(seed=0):
-    return np.random.default_rng(seed).integers(1, VOCABULARY, (BATCH, LENGTH)).astype("int32")
-
-
-def make_batch(tokens=None):
-    return {"token_ids": (make_tokens() if tokens is None else tokens) * MASK, "padding_mask": MASK}
-
-
-def numpy(x):
-    return ops.convert_to_numpy(x)
-
-
-def randomize(model, seed=1):
-    """Draws weights large enough that attention matters; fresh GPT-2 weights are nearly zero."""
-    rng = np.random.default_rng(seed)
-    for weight in model.weights:
-        if weight.name == "gamma":
-            weight.assign(1.0 + 0.1 * rng.normal(size=weight.shape))
-        elif weight.name == "concentration":
-            weight.assign(rng.uniform(5.0, 25.0, weight.shape))
-        else:
-            weight.assign(0.3 * rng.normal(size=weight.shape))
-    return model
 
 
 def stock_backbone(**arguments):
@@ -134,7 +111,7 @@ def test_from_backbone():
     with pytest.raises(TypeError, match="`backbone` must be a `keras_hub"):
         RWRGPT2Backbone.from_backbone(keras.Sequential())
     stock.enable_lora(2)
-    with pytest.raises(ValueError, match=r"Received: backbone with the weights .*lora_kernel_a"):
+    with pytest.raises(ValueError, match=r"must be without LoRA. Save it with `save_to_preset`"):
         RWRGPT2Backbone.from_backbone(stock)
 
 
@@ -192,25 +169,114 @@ def test_mixed_precision():
 
     task = RWRGPT2CausalLM(model)
     task.compile(sampler="greedy")
-    history = task.fit(make_batch(), make_tokens(), epochs=1, shuffle=False, verbose=0).history
-    assert np.isfinite(history["loss"]).all()
+    assert np.isfinite(fit(task)).all()
+
+
+def fit(task, **arguments):
+    history = task.fit(make_batch(), make_tokens(), shuffle=False, verbose=0, **arguments)
+    return history.history["loss"]
+
+
+def test_lora_trains():
+    model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, implementation="reference"))
+    expected = numpy(model(make_batch()))
+    model.backbone.enable_lora(2)
+    assert_same(model(make_batch()), expected)
+    names = {weight.path for weight in model.trainable_weights}
+    layers = [f"transformer_layer_0/self_attention/{name}" for name in ("query", "value")]
+    parts = ("bias", "lora_kernel_a", "lora_kernel_b")
+    assert names == {f"{layer}/{part}" for layer in layers for part in parts}
+    before = {weight.path: numpy(weight) for weight in model.weights}
+    model.compile(keras.optimizers.Adam(1e-2), jit_compile=JIT_COMPILE)
+    losses = fit(model, epochs=3)
+    assert losses[-1] < losses[0]
+    changed = {w.path for w in model.weights if (numpy(w) != before[w.path]).any()}
+    assert changed == names
+
+
+@QUANTIZE
+def test_int8(tmp_path):
+    model = RWRGPT2CausalLM(rwr_backbone(topk=0, num_layers=1))
+    model.compile(sampler="greedy")
+    expected = numpy(model(make_batch()))[MASK > 0]
+    model.backbone.quantize("int8")
+    attention = model.backbone.transformer_layers[0]._self_attention_layer
+    for weight in (attention.query_dense.kernel, model.backbone.token_embedding.embeddings):
+        assert keras.backend.standardize_dtype(weight.dtype) == "int8"
+    output = numpy(model(make_batch()))[MASK > 0]
+    # Inputs and weights of each projection rounded to 1/127 of their largest value.
+    assert_same(output, expected, atol=0.1 * np.abs(expected).max())
+    model.save(tmp_path / "int8.keras")
+    loaded = keras.models.load_model(tmp_path / "int8.keras", compile=False)
+    assert_same(numpy(loaded(make_batch()))[MASK > 0], output, atol=0)
+
+    mask = (np.arange(LENGTH) < np.array([[16], [15], [17]])).astype("int32")
+    prompt = {"token_ids": make_tokens() * mask, "padding_mask": mask}
+    tokens = model.generate(dict(prompt), stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(tokens * mask, prompt["token_ids"])
+    np.testing.assert_array_equal(tokens, greedy(model, **prompt))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_jit_compiled_training(monkeypatch):
+    model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.0, **ABLATION["R4"]))
+    if keras.backend.backend() == "torch":
+        # Keras has `torch.compile` trace its own code too, which takes minutes with the defaults.
+        import torch
+
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    state = model.get_weights()
+    losses, weights = [], []
+    for jit_compile in (True, False):
+        model.set_weights(state)
+        model.compile(keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        losses.append(fit(model))
+        weights.append(model.get_weights())
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for weight, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(weight, other, rtol=0, atol=1e-5)
+
+
+def test_gradient_checkpointing(monkeypatch):
+    names, losses, weights = [], [], []
+    checkpointed = checkpointing.checkpointed
+
+    def noted(layer, call):
+        names.append((mode, layer.name))
+        return checkpointed(layer, call)
+
+    monkeypatch.setattr(checkpointing, "checkpointed", noted)
+    for mode in (None, "full"):
+        keras.utils.set_random_seed(1)
+        with keras.RematScope(mode):
+            model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.3, **ABLATION["R4"]))
+        model.compile(keras.optimizers.SGD(0.1), jit_compile=JIT_COMPILE)
+        losses.append(fit(model, epochs=2))
+        weights.append(model.get_weights())
+    assert set(names) == {("full", "transformer_layer_0")}
+    # The second run of each block drops what the first one did.
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for weight, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(weight, other, rtol=0, atol=1e-5)
+
+
+def test_freezing_all_but_the_rwr_weights():
+    options = {**ABLATION["R4"], "trainable_lens": True, "implementation": "reference"}
+    model = RWRGPT2CausalLM(rwr_backbone(**options, num_layers=1))
+    model.backbone.freeze_stock_weights()
+    names = {f"transformer_layer_0/self_attention/{n}" for n in ("concentration", "lens_strength")}
+    assert {weight.path for weight in model.trainable_weights} == names
+    before = {weight.path: numpy(weight) for weight in model.weights}
+    model.compile(keras.optimizers.Adam(1e-2), jit_compile=JIT_COMPILE)
+    fit(model)
+    changed = {w.path for w in model.weights if (numpy(w) != before[w.path]).any()}
+    assert changed == names
+    with pytest.raises(ValueError, match=r"use `use_discoverability=True`, .* Received: rwr_opt"):
+        rwr_backbone().freeze_stock_weights()
 
 
 # --- generation ----------------------------------------------------------------------------------
-
-
-def greedy(model, tokens, mask):
-    """Greedy tokens by the plainest means: a full forward pass over the tokens so far for each.
-
-    Behind them stand padding and zeros, not what `generate` has there: it must not matter.
-    """
-    tokens = tokens.copy()
-    for position in range(mask.sum(-1).min(), LENGTH):
-        seen = np.broadcast_to(np.arange(LENGTH) < position, tokens.shape).astype("int32")
-        logits = numpy(model({"token_ids": tokens * seen, "padding_mask": seen}))
-        best = logits[:, position - 1].argmax(-1)
-        tokens[:, position] = np.where(mask[:, position], tokens[:, position], best)
-    return tokens
 
 
 PROMPT_MASK = (np.arange(LENGTH) < np.array([[5], [3], [9]])).astype("int32")
@@ -227,17 +293,38 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_pass():
     assert len(np.unique(expected[PROMPT_MASK == 0])) > 3
 
 
-def test_generation_as_the_stock_model():
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        keras_hub.samplers.GreedySampler(),
+        keras_hub.samplers.TopKSampler(k=5, seed=3),
+        keras_hub.samplers.TopPSampler(p=0.7, k=9, seed=3),
+        keras_hub.samplers.BeamSampler(num_beams=2),
+        keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.4),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_generation_as_the_stock_model(sampler):
     stock = keras_hub.models.GPT2CausalLM(stock_backbone(num_layers=1))
     model = RWRGPT2CausalLM(RWRGPT2Backbone.from_backbone(stock.backbone, **PLAIN))
     prompt = {"token_ids": make_tokens() * PROMPT_MASK, "padding_mask": PROMPT_MASK}
-    for sampler in ("greedy", keras_hub.samplers.BeamSampler(num_beams=2)):
-        outputs = []
-        for task in (stock, model):
-            task.compile(sampler=sampler)
-            outputs.append(task.generate(dict(prompt), stop_token_ids=(7,)))
-        for name in ("token_ids", "padding_mask"):
-            np.testing.assert_array_equal(outputs[0][name], outputs[1][name])
+    outputs = []
+    for task in (stock, model):
+        task.compile(sampler=type(sampler).from_config(sampler.get_config()))
+        outputs.append(task.generate(dict(prompt), stop_token_ids=(7,)))
+    for name in ("token_ids", "padding_mask"):
+        np.testing.assert_array_equal(outputs[0][name], outputs[1][name])
+
+
+def test_cached_logits_are_those_of_the_full_forward_pass():
+    model = RWRGPT2CausalLM(rwr_backbone(**ABLATION["R3"], num_layers=1))
+    tokens = make_tokens()
+    expected = numpy(model({"token_ids": tokens, "padding_mask": np.ones_like(tokens)}))
+    cache = model.empty_cache(BATCH, LENGTH)
+    for start, stop in ((0, 6), (6, 8), (8, 9)):
+        logits, hidden, cache = model.call_with_cache(tokens[:, start:stop], cache, start)
+        assert_same(logits, expected[:, start:stop])
+        assert tuple(hidden.shape) == (BATCH, stop - start, SIZES["hidden_dim"])
 
 
 def test_generation_from_text():
@@ -265,15 +352,22 @@ def test_bad_prompts():
             )
 
 
-def test_a_stock_cache_is_refused():
+def test_caches_of_other_models_are_refused():
     model = RWRGPT2CausalLM(rwr_backbone())
-    for shape, dtype in (((1, 2, 2, LENGTH, 2, 6), "float32"), ((1, LENGTH), "float32")):
-        with pytest.raises(ValueError, match=r"`cache` must be an int tensor of shape \(B, S\)"):
-            model.call_with_cache(np.ones((1, 1), "int32"), np.zeros(shape, dtype), 3)
+    token = np.ones((1, 1), "int32")
+    stock = np.zeros((1, 2, LENGTH, 2, 6), "float32")
+    for cache in (stock[:, None], model.empty_cache(1, LENGTH)[:1]):
+        with pytest.raises(ValueError, match=r"`cache` must be made by .* a tuple of 2 entries"):
+            model.call_with_cache(token, cache, 3)
+    with pytest.raises(ValueError, match=r"`cache\[0\]` must be a dict for a block of the class"):
+        model.call_with_cache(token, (stock, stock), 3)
+    fewer = RWRGPT2CausalLM(rwr_backbone(steps=2)).empty_cache(1, LENGTH)
+    with pytest.raises(ValueError, match=r"`cache` must be made by .* with the same options"):
+        model.call_with_cache(token, fewer, 3)
     decoder = model.backbone.transformer_layers[0]
     x = np.zeros((1, 1, 12), "float32")
-    with pytest.raises(ValueError, match=r"`self_attention_cache` must be `None`.* Received: self"):
-        decoder(x, self_attention_cache=np.zeros((1, 2, 5, 2, 6), "float32"))
+    with pytest.raises(TypeError, match="`cache` must be a WalkCache"):
+        decoder(x, self_attention_cache=stock, self_attention_cache_update_index=3)
     with pytest.raises(ValueError, match="`decoder_attention_mask` must be `None`"):
         decoder(x, decoder_attention_mask=np.ones((1, 1, 1), bool))
 
@@ -385,30 +479,3 @@ def test_bad_arguments(arguments, error, message):
 def test_a_task_needs_its_backbone():
     with pytest.raises(TypeError, match="`backbone` must be a `RWRGPT2Backbone`"):
         RWRGPT2CausalLM(stock_backbone())
-
-
-def test_lora_and_int8(tmp_path):
-    model = rwr_backbone()
-    expected = numpy(model(make_batch()))
-    model.enable_lora(2)
-    names = {weight.path for weight in model.trainable_weights}
-    layers = [
-        f"transformer_layer_{i}/self_attention/{n}" for i in (0, 1) for n in ("query", "value")
-    ]
-    kernels = {f"{layer}/lora_kernel_{k}" for layer in layers for k in "ab"}
-    assert kernels <= names
-    assert all(name.startswith(tuple(layers)) for name in names)
-    assert_same(model(make_batch()), expected)
-
-    model = rwr_backbone(topk=0, num_layers=1)
-    expected = numpy(model(make_batch()))[MASK > 0]
-    dense = (keras.layers.Dense, keras.layers.EinsumDense)
-    model.quantize("int8", filters=lambda layer: isinstance(layer, dense))
-    attention = model.transformer_layers[0]._self_attention_layer
-    assert attention.query_dense.kernel.dtype == "int8"
-    output = numpy(model(make_batch()))[MASK > 0]
-    # Inputs and weights of each projection rounded to 1/127 of their largest value.
-    assert_same(output, expected, atol=0.1 * np.abs(expected).max())
-    model.save(tmp_path / "int8.keras")
-    loaded = keras.models.load_model(tmp_path / "int8.keras")
-    assert_same(numpy(loaded(make_batch()))[MASK > 0], output, atol=0)

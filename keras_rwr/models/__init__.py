@@ -2,5 +2,19 @@
 
 from keras_rwr.models.gpt2_backbone import RWRGPT2Backbone
 from keras_rwr.models.gpt2_causal_lm import RWRGPT2CausalLM
+from keras_rwr.models.gpt2_preprocessor import (
+    RWRGPT2CausalLMPreprocessor,
+    RWRGPT2Preprocessor,
+    RWRGPT2Tokenizer,
+)
+from keras_rwr.models.patching import patch_gpt2_with_rwr, unpatch_gpt2
 
-__all__ = ["RWRGPT2Backbone", "RWRGPT2CausalLM"]
+__all__ = [
+    "RWRGPT2Backbone",
+    "RWRGPT2CausalLM",
+    "RWRGPT2CausalLMPreprocessor",
+    "RWRGPT2Preprocessor",
+    "RWRGPT2Tokenizer",
+    "patch_gpt2_with_rwr",
+    "unpatch_gpt2",
+]

@@ -1,10 +1,15 @@
 """GPT-2's transformer with RWR attention."""
 
+import gc
+
 import keras
 import keras_hub
 
-from keras_rwr.config import RWRConfig
+from keras_rwr.layer import RWRAttention
+from keras_rwr.models import checkpointing
+from keras_rwr.models import gpt2_conversion as conversion
 from keras_rwr.models.gpt2_decoder import TransformerDecoder
+from keras_rwr.models.layout import get_layout_map
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
@@ -22,6 +27,9 @@ class RWRGPT2Backbone(keras_hub.models.GPT2Backbone):
     `edge_weight="exponential"`, `trainable_lens`) leaves them at their initial values then.
     With `window` at least the context and `lens_strength=0` the outputs are those of
     `GPT2Backbone`.
+
+    Made inside `keras.RematScope()`, it keeps only the inputs of each transformer layer for the
+    backward pass, which runs the layer again: gradient checkpointing.
 
     Args:
         vocabulary_size: Int. Size of the token vocabulary.
@@ -63,6 +71,9 @@ class RWRGPT2Backbone(keras_hub.models.GPT2Backbone):
         ValueError: If an argument is outside its range or two do not fit together.
         TypeError: If an argument is of the wrong type.
     """
+
+    stock_cls = keras_hub.models.GPT2Backbone
+    presets = conversion.StockPresets()
 
     def __init__(
         self,
@@ -108,20 +119,18 @@ class RWRGPT2Backbone(keras_hub.models.GPT2Backbone):
             "window": window,
             "threshold": threshold,
             "edge_weight": edge_weight,
+            "concentration": concentration,
             "reversible": reversible,
             "reciprocal_beta": reciprocal_beta,
-            "fusion": fusion,
-            "block_size": block_size,
-            "head_dim_pad": head_dim_pad,
-        }
-        RWRConfig(**options, dropout=dropout, is_causal=True)
-        options |= {
-            "concentration": concentration,
             "lens_strength": lens_strength,
             "trainable_lens": trainable_lens,
             "use_discoverability": use_discoverability,
+            "fusion": fusion,
+            "block_size": block_size,
+            "head_dim_pad": head_dim_pad,
             "implementation": implementation,
         }
+        conversion.check_options(options, max_sequence_length)
 
         self.token_embedding = keras.layers.ReversibleEmbedding(
             input_dim=vocabulary_size,
@@ -178,6 +187,15 @@ class RWRGPT2Backbone(keras_hub.models.GPT2Backbone):
             trainable=trainable,
         )
 
+        checkpointing.leave_out(
+            self,
+            self.token_embedding,
+            self.position_embedding,
+            self.embeddings_add,
+            self.embeddings_dropout,
+            self.layer_norm,
+        )
+
         self.vocabulary_size = vocabulary_size
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -191,13 +209,54 @@ class RWRGPT2Backbone(keras_hub.models.GPT2Backbone):
         return {**super().get_config(), **self.rwr_options}
 
     @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a GPT-2 preset, and converts it if it is a stock one.
+
+        A stock preset gives a model with its weights and the RWR options asked for. A preset that
+        `save_to_preset` of this class wrote loads as it was saved.
+
+        Args:
+            preset: String. A name in `RWRGPT2Backbone.presets` such as `"gpt2_base_en"`, a Kaggle
+                handle `"kaggle://..."`, a Hugging Face handle `"hf://..."`, or a local folder.
+            load_weights: Bool. Whether to load the weights, instead of drawing them.
+            **kwargs: RWR options, such as `window`, and arguments of
+                `keras_hub.models.GPT2Backbone.from_preset`, such as `dtype`.
+
+        Returns:
+            A `RWRGPT2Backbone`.
+
+        Raises:
+            ValueError: If KerasHub finds no GPT-2 there, or one with RWR attention and other
+                options than those asked for.
+
+        Example:
+
+        ```python
+        backbone = keras_rwr.models.RWRGPT2Backbone.from_preset("gpt2_base_en", window=64)
+        ```
+        """
+        options, arguments = conversion.split_options(kwargs)
+        dtype = conversion.quantized_dtype(preset)
+        if dtype is not None:
+            arguments.setdefault("dtype", dtype)
+        backbone = conversion.load_preset(cls.stock_cls, preset, load_weights, arguments)
+        if isinstance(backbone, RWRGPT2Backbone):
+            conversion.check_same_options(backbone, options)
+            return backbone
+        new = cls.from_backbone(backbone, **options)
+        # Models are cycles of references: free the weights of the stock one now.
+        del backbone
+        gc.collect()
+        return new
+
+    @classmethod
     def from_backbone(cls, backbone, **rwr_options):
         """Makes a backbone with RWR attention and the weights of a stock one.
 
         Args:
-            backbone: A `keras_hub.models.GPT2Backbone`.
-            **rwr_options: Options of RWR attention, such as `window`; other arguments are those of
-                `backbone`.
+            backbone: A `keras_hub.models.GPT2Backbone`, which may be quantised.
+            **rwr_options: Options of RWR attention, such as `window`. Other arguments are those of
+                `backbone`; so are the options, where it has RWR attention already or is patched.
 
         Returns:
             A `RWRGPT2Backbone` with copies of the weights.
@@ -218,14 +277,76 @@ class RWRGPT2Backbone(keras_hub.models.GPT2Backbone):
                 "`backbone` must be a `keras_hub.models.GPT2Backbone`. "
                 f"Received: backbone={backbone}"
             )
-        new = cls.from_config({**backbone.get_config(), **rwr_options})
-        weights = {weight.path: weight for weight in new.weights}
-        missing = [weight.path for weight in backbone.weights if weight.path not in weights]
-        if missing:
-            raise ValueError(
-                "`backbone` must have no weights but those of a plain GPT-2. "
-                f"Received: backbone with the weights {missing}"
-            )
-        for weight in backbone.weights:
-            weights[weight.path].assign(weight)
+        patched = conversion.patched_options(backbone)
+        new = cls.from_config({**backbone.get_config(), **patched, **rwr_options})
+        conversion.copy_weights(backbone, new)
         return new
+
+    def to_stock(self, drop_rwr_weights=False):
+        """Makes a stock backbone with the weights of this one.
+
+        Args:
+            drop_rwr_weights: Bool. Whether to leave out the weights that only RWR attention has
+                (`discoverability`, `concentration`, `lens_strength`). Defaults to `False`.
+
+        Returns:
+            A `keras_hub.models.GPT2Backbone` with copies of the weights. Its attention is the
+            full one, so its outputs differ, unless `window` is at least the context and
+            `lens_strength` 0.
+
+        Raises:
+            ValueError: If there are such weights and `drop_rwr_weights` is false, or LoRA's.
+        """
+        dropped = [weight.path for weight in self._rwr_weights()]
+        if dropped and not drop_rwr_weights:
+            raise ValueError(
+                "A stock GPT-2 has no place for the weights of RWR attention: pass "
+                f"`drop_rwr_weights=True` to leave them out. Received: weights {dropped}"
+            )
+        config = self.get_config()
+        for name in self.rwr_options:
+            del config[name]
+        stock = self.stock_cls.from_config(config)
+        conversion.copy_weights(self, stock, dropped)
+        return stock
+
+    def freeze_stock_weights(self):
+        """Makes the weights that only RWR attention has the only trainable ones.
+
+        They are `discoverability`, `concentration` and `lens_strength`, as the options have it.
+        Compile the task afterwards, so that training takes note.
+
+        Raises:
+            ValueError: If the options give the model no such weight.
+        """
+        weights = self._rwr_weights()
+        if not weights:
+            raise ValueError(
+                "Without weights of its own, RWR attention has nothing to train: use "
+                "`use_discoverability=True`, `edge_weight='exponential'` or `trainable_lens=True`. "
+                f"Received: rwr_options={self.rwr_options}"
+            )
+        self.trainable = False
+        self._trainable = True
+        for weight in weights:
+            weight.trainable = True
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"
+    ):
+        """Layouts of the weights for `keras.distribution.ModelParallel`.
+
+        Args:
+            device_mesh: A `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: String, the mesh axis that splits the weights.
+            data_parallel_dim_name: String, the mesh axis that splits the batch.
+
+        Returns:
+            A `keras.distribution.LayoutMap`.
+        """
+        return get_layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
+
+    def _rwr_weights(self):
+        layers = [layer for layer in self._flatten_layers() if isinstance(layer, RWRAttention)]
+        return [weight for layer in layers for weight in layer._extra_weights()]

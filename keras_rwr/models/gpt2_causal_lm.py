@@ -1,30 +1,34 @@
 """GPT-2 with RWR attention as a language model."""
 
+import gc
+
 import keras
 import keras_hub
-import numpy as np
-from keras import ops
 
+from keras_rwr.models import checkpointing
+from keras_rwr.models import gpt2_conversion as conversion
+from keras_rwr.models import gpt2_preprocessor as preprocessing
+from keras_rwr.models.generation import WalkCacheGeneration
 from keras_rwr.models.gpt2_backbone import RWRGPT2Backbone
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
-class RWRGPT2CausalLM(keras_hub.models.GPT2CausalLM):
+class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
     """KerasHub's `GPT2CausalLM` on a `RWRGPT2Backbone`.
 
-    Everything but the backbone is KerasHub's: the preprocessor and the tokenizer, `compile`, `fit`,
-    `generate` and `score`. `generate` keeps no cache of keys and values: each new token takes a
-    forward pass over the whole sequence, so it costs as much as the model does on `max_length`
-    tokens.
+    Everything but the backbone and the cache of `generate` is KerasHub's: the preprocessor and the
+    tokenizer, `compile`, `fit`, `generate` and `score`. A new token takes work in each layer that
+    does not depend on the tokens before it, besides one score for each block of
+    `neighbor_block` of them; see `keras_rwr.decoding`.
 
-    The weights of a stock task come with its backbone, by `RWRGPT2Backbone.from_backbone` or
-    `backbone.load_weights`: Keras's file of a whole task names the backbone after its class, so
-    that a stock one raises here.
+    The weights of a stock task come with `from_preset`, or with its backbone, by
+    `RWRGPT2Backbone.from_backbone` or `backbone.load_weights`: Keras's file of a whole task names
+    the backbone after its class, so that a stock one raises here.
 
     Args:
         backbone: A `RWRGPT2Backbone`.
-        preprocessor: `None` or a `keras_hub.models.GPT2CausalLMPreprocessor`. Without one, inputs
-            are already tokenized.
+        preprocessor: `None` or a `RWRGPT2CausalLMPreprocessor`; KerasHub's
+            `GPT2CausalLMPreprocessor` does as well. Without one, inputs are already tokenized.
         **kwargs: `name` and `trainable`.
 
     Raises:
@@ -47,7 +51,9 @@ class RWRGPT2CausalLM(keras_hub.models.GPT2CausalLM):
     """
 
     backbone_cls = RWRGPT2Backbone
-    preprocessor_cls = keras_hub.models.GPT2CausalLMPreprocessor
+    preprocessor_cls = preprocessing.RWRGPT2CausalLMPreprocessor
+    stock_cls = keras_hub.models.GPT2CausalLM
+    presets = conversion.StockPresets()
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
         if not isinstance(backbone, RWRGPT2Backbone):
@@ -55,60 +61,68 @@ class RWRGPT2CausalLM(keras_hub.models.GPT2CausalLM):
                 f"`backbone` must be a `RWRGPT2Backbone`. Received: backbone={backbone}"
             )
         super().__init__(backbone=backbone, preprocessor=preprocessor, **kwargs)
+        checkpointing.leave_out(self)
 
-    def make_generate_function(self):
-        """Creates or returns the compiled generation function, which checks its prompts."""
-        generate_function = super().make_generate_function()
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Loads a GPT-2 preset with its preprocessor, and converts it if it is a stock one.
 
-        def checked_generate_function(inputs, stop_token_ids=None):
-            _check_prompts(inputs["padding_mask"])
-            return generate_function(inputs, stop_token_ids=stop_token_ids)
-
-        return checked_generate_function
-
-    def call_with_cache(self, token_ids, cache, cache_update_index):
-        """Forward pass of new tokens, given the tokens before them.
-
-        The cache holds the ids of all tokens, and the whole model runs on them. What stands behind
-        the new tokens does not matter, since every layer is causal.
+        A stock preset gives a task with its weights and the RWR options asked for. A preset that
+        `save_to_preset` of this class wrote loads as it was saved.
 
         Args:
-            token_ids: Int tensor of shape `(B, T)`, the new tokens.
-            cache: Int tensor of shape `(B, S)`, the ids of all tokens.
-            cache_update_index: Int or int tensor, the position of the first new token.
+            preset: String. A name in `RWRGPT2CausalLM.presets` such as `"gpt2_base_en"`, a Kaggle
+                handle `"kaggle://..."`, a Hugging Face handle `"hf://..."`, or a local folder.
+            load_weights: Bool. Whether to load the weights, instead of drawing them.
+            **kwargs: RWR options, such as `window`, and arguments of
+                `keras_hub.models.GPT2CausalLM.from_preset`, such as `dtype`, or
+                `preprocessor=None` for a task that takes tokens.
 
         Returns:
-            Tuple of the logits `(B, T, vocabulary_size)` and hidden states `(B, T, hidden_dim)` of
-            the new tokens, and the updated cache.
+            A `RWRGPT2CausalLM`.
+
+        Raises:
+            ValueError: If KerasHub finds no GPT-2 there, or one with RWR attention and other
+                options than those asked for.
+
+        Example:
+
+        ```python
+        language_model = keras_rwr.models.RWRGPT2CausalLM.from_preset("gpt2_base_en", window=64)
+        language_model.generate("RWR attention is", max_length=40)
+        ```
         """
-        if len(cache.shape) != 2 or keras.backend.is_float_dtype(
-            keras.backend.standardize_dtype(cache.dtype)
-        ):
-            raise ValueError(
-                "`cache` must be an int tensor of shape (B, S), the token ids. "
-                f"Received: cache of shape {tuple(cache.shape)} and dtype {cache.dtype}"
-            )
-        cache = ops.slice_update(cache, [0, cache_update_index], ops.cast(token_ids, cache.dtype))
-        hidden_states = self.backbone(
-            {"token_ids": cache, "padding_mask": ops.ones_like(cache)}, training=False
-        )  # (B, S, hidden_dim)
-        batch, length = ops.shape(token_ids)
-        hidden_states = ops.slice(
-            hidden_states, [0, cache_update_index, 0], [batch, length, self.backbone.hidden_dim]
-        )
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        return logits, hidden_states, cache
+        options, arguments = conversion.split_options(kwargs)
+        task = conversion.load_preset(cls.stock_cls, preset, load_weights, arguments)
+        backbone = task.backbone
+        if isinstance(backbone, RWRGPT2Backbone):
+            conversion.check_same_options(backbone, options)
+        else:
+            backbone = RWRGPT2Backbone.from_backbone(backbone, **options)
+        if isinstance(task, cls):
+            return task
+        preprocessor = preprocessing.convert(task.preprocessor, preprocessing.TO_RWR)
+        task = cls(backbone, preprocessor, name=task.name)
+        # Models are cycles of references: free the weights of the stock one now.
+        gc.collect()
+        return task
 
-    def _build_cache(self, token_ids):
-        _, hidden_states, cache = self.call_with_cache(token_ids, ops.zeros_like(token_ids), 0)
-        return hidden_states, cache
+    def to_stock(self, drop_rwr_weights=False):
+        """Makes a stock task with the weights and the preprocessor of this one.
 
+        Args:
+            drop_rwr_weights: Bool. Whether to leave out the weights that only RWR attention has.
+                Defaults to `False`; see `RWRGPT2Backbone.to_stock`.
 
-def _check_prompts(padding_mask):
-    """Checks that each row is a prompt of at least one token with padding behind it."""
-    mask = ops.convert_to_numpy(padding_mask).astype("bool")
-    if not (mask[:, 0].all() and (np.diff(mask.astype("int32"), axis=-1) <= 0).all()):
-        raise ValueError(
-            "`padding_mask` must be true at the tokens of each prompt, at least one, and false "
-            f"behind them. Received: padding_mask={mask.astype('int32').tolist()}"
+        Returns:
+            A `keras_hub.models.GPT2CausalLM` with copies of the weights, compiled as KerasHub does
+            by default.
+
+        Raises:
+            ValueError: If there are such weights and `drop_rwr_weights` is false, or LoRA's.
+        """
+        return self.stock_cls(
+            self.backbone.to_stock(drop_rwr_weights),
+            preprocessing.convert(self.preprocessor, preprocessing.TO_STOCK),
+            name=self.name,
         )

@@ -4,6 +4,7 @@ import keras
 import keras_hub
 
 from keras_rwr.layer import RWRAttention
+from keras_rwr.models import checkpointing
 
 
 # Keras names the layers of a list in a weights file after their Python class, so the class keeps
@@ -43,6 +44,12 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
         self.rwr_options = {} if rwr_options is None else dict(rwr_options)
         super().__init__(intermediate_dim, num_heads, **kwargs)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """The call that gradient checkpointing makes of `call`; see `keras.RematScope`."""
+        if checkpointing.checkpoints(self):
+            return checkpointing.checkpointed(self, layer_call)
+        return super().rematerialized_call(layer_call, *args, **kwargs)
+
     def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
         _refuse(encoder_sequence_shape=encoder_sequence_shape)
         self._decoder_sequence_shape = decoder_sequence_shape
@@ -79,6 +86,7 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
         self._feedforward_layer_norm = self._norm("feedforward_layer_norm")
         self._feedforward_layer_norm.build(decoder_sequence_shape)
         self._feedforward_dropout = self._dropout("feedforward_dropout")
+        checkpointing.leave_out(*self._flatten_layers(include_self=False))
         self.built = True
 
     def call(
