@@ -1,6 +1,10 @@
-"""Command line of `gpt2_ablation.py`: flags, defaults, and what they may be."""
+"""Command line of `gpt2_ablation.py`: flags, defaults, and what they may be.
+
+`finetune_gpt2.py` takes its flags for RWR attention, model and training from here.
+"""
 
 import argparse
+import functools
 import math
 
 from ablation_data import CHOICES, UsageError
@@ -69,12 +73,8 @@ def make_parser():
         allow_abbrev=False,
     )
 
-    def add(group, name, text, **options):
-        if name in DEFAULTS:
-            text += f" (default: {DEFAULTS[name]})"
-        group.add_argument("--" + name.replace("_", "-"), help=text, **options)
-
     run = parser.add_argument_group("what to run")
+    add = functools.partial(add_flag, DEFAULTS)
     names = "; ".join(f"{step.name}: {step.description}" for step in STEPS.values())
     add(run, "ablation_step", f"one or more steps, or all. {names} (default: all)", nargs="+")
     add(
@@ -90,6 +90,21 @@ def make_parser():
         ("dry_run", "build each model, train it for one step, keep nothing"),
     ):
         add(run, name, text, action="store_true", default=False)
+    add_rwr_flags(parser, DEFAULTS)
+    add_training_flags(parser, DEFAULTS)
+    return parser
+
+
+def add_flag(defaults, group, name, text, **options):
+    """Adds one flag; its help says its default."""
+    if name in defaults:
+        text += f" (default: {defaults[name]})"
+    group.add_argument(flag(name), help=text, **options)
+
+
+def add_rwr_flags(parser, defaults):
+    """The options of RWR attention, named `rwr_...`."""
+    add = functools.partial(add_flag, defaults)
     rwr = parser.add_argument_group("RWR attention", "each replaces the value in every RWR step")
     for name, text in RWR_INTEGERS.items():
         add(rwr, f"rwr_{name}", text, type=int)
@@ -102,12 +117,16 @@ def make_parser():
         ("rwr_use_discoverability", "train how easily each token is found"),
     ):
         add(rwr, name, text, action=argparse.BooleanOptionalAction)
+
+
+def add_training_flags(parser, defaults):
+    """Sizes of the model and options of its training."""
+    add = functools.partial(add_flag, defaults)
     model = parser.add_argument_group("model and training")
     for name, (_, text) in INTEGERS.items():
         add(model, name, text, type=int)
     for name, (_, text) in REALS.items():
         add(model, name, text, type=float)
-    return parser
 
 
 def number_or_none(text):
@@ -191,12 +210,7 @@ def make_overrides(arguments, given):
     overrides = {step: options if step in walks else None for step in steps}
     effective = {step: step_options(step, options) for step in walks}
     for step, values in effective.items():
-        fields = {k: v for k, v in values.items() if k in RWRConfig.__dataclass_fields__}
-        try:
-            RWRConfig(**fields, is_causal=True)
-            check_per_head("lens_strength", values["lens_strength"], None)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{step}: {error}") from error
+        check_rwr_options(step, values)
     reversible = any(values.get("reversible") for values in effective.values())
     if "rwr_reciprocal_beta" in given and not reversible:
         raise UsageError(
@@ -204,3 +218,13 @@ def make_overrides(arguments, given):
             f"Received: ablation_step={' '.join(steps)}"
         )
     return overrides
+
+
+def check_rwr_options(step, values):
+    """Raises UsageError if the options of an RWR step are none of RWR attention."""
+    fields = {k: v for k, v in values.items() if k in RWRConfig.__dataclass_fields__}
+    try:
+        RWRConfig(**fields, is_causal=True)
+        check_per_head("lens_strength", values["lens_strength"], None)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{step}: {error}") from error

@@ -90,10 +90,8 @@ def load_initial(backbone, path):
             weights[name].assign(stored[name])
 
 
-def compile_model(backbone, arguments):
-    """The language model of a backbone, with AdamW, warm-up and cosine decay."""
-    logits = backbone.token_embedding(backbone.output, reverse=True)
-    model = keras.Model(backbone.input, logits)
+def make_optimizer(arguments):
+    """AdamW with warm-up and cosine decay."""
     peak, warmup = arguments["learning_rate"], arguments["warmup_steps"]
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=peak / max(warmup, 1),
@@ -106,13 +104,38 @@ def compile_model(backbone, arguments):
         schedule, weight_decay=arguments["weight_decay"], beta_2=0.98, global_clipnorm=1.0
     )
     optimizer.exclude_from_weight_decay(var_names=NO_DECAY)
+    return optimizer
+
+
+def compile_model(backbone, arguments, metrics=None):
+    """The language model of a backbone, ready to train."""
+    logits = backbone.token_embedding(backbone.output, reverse=True)
+    model = keras.Model(backbone.input, logits)
+    optimizer = make_optimizer(arguments)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss)
+    model.compile(optimizer=optimizer, loss=loss, metrics=metrics)
     optimizer.build(model.trainable_variables)
     return model
 
 
-def train(run_dir, step, config, verbose="auto"):
+def verbosity():
+    """Keras's `verbose`: a progress bar on a terminal, else a line an epoch."""
+    return 1 if sys.stdout.isatty() else 2
+
+
+class StopWithParent(keras.callbacks.Callback):
+    """Ends this process when the one that started it has ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.parent = os.getppid()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if os.getppid() != self.parent:
+            sys.exit("The process that started this one has ended.")
+
+
+def train(run_dir, step, config, verbose="auto", is_worker=False):
     """Trains one ablation step, from its last checkpoint if there is one.
 
     Args:
@@ -120,6 +143,7 @@ def train(run_dir, step, config, verbose="auto"):
         step: str. "R0" to "R4".
         config: dict. What `config.json` holds.
         verbose: Keras's. "auto" is a progress bar on a terminal, else a line an evaluation.
+        is_worker: bool. Whether to stop when the process that started this one ends.
 
     Returns:
         The step's row of the table, which is also written to `result.json`.
@@ -140,10 +164,9 @@ def train(run_dir, step, config, verbose="auto"):
     model = compile_model(backbone, arguments)
     steps_per_epoch = arguments["evaluate_every"]
     log = RunLog(folder, steps_per_epoch, batch_size * context, arguments["seed"])
+    callbacks = [log, StopWithParent()] if is_worker else [log]
     epochs_done = log.restore(model)
     memory_before = peak_memory_mb()
-    if verbose == "auto":
-        verbose = 1 if sys.stdout.isatty() else 2
     model.fit(
         Batches(training, batch_size, arguments["seed"], epochs_done * steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
@@ -152,8 +175,8 @@ def train(run_dir, step, config, verbose="auto"):
         validation_data=as_batch(validation),
         validation_batch_size=batch_size,
         shuffle=False,
-        callbacks=[log],
-        verbose=verbose,
+        callbacks=callbacks,
+        verbose=verbosity() if verbose == "auto" else verbose,
     )
 
     layers = None
@@ -192,4 +215,5 @@ def mean_statistics(layers):
 
 if __name__ == "__main__":
     run_folder = Path(sys.argv[1])
-    train(run_folder, sys.argv[2], json.loads((run_folder / "config.json").read_text("utf-8")))
+    settings = json.loads((run_folder / "config.json").read_text("utf-8"))
+    train(run_folder, sys.argv[2], settings, is_worker=True)

@@ -31,8 +31,6 @@ BACKENDS = ("torch", "jax", "tensorflow")
 
 def make_config(given, stored=None):
     """The whole configuration of a run, from the flags and, when resuming, the stored one."""
-    import keras
-
     given = dict(given)
     if stored is not None:
         # flags that say nothing new need no repeating
@@ -45,6 +43,17 @@ def make_config(given, stored=None):
     if arguments["dataset"] not in ("embedded", "finewebedu"):
         arguments["dataset"] = str(Path(arguments["dataset"]).resolve())
     check_numbers(arguments)
+    return {
+        "arguments": arguments,
+        "overrides": make_overrides(arguments, given),
+        **environment(),
+    }
+
+
+def environment():
+    """Backend, platform and versions of this process."""
+    import keras
+
     backend = keras.backend.backend()
     if backend not in BACKENDS:
         raise UsageError(
@@ -52,8 +61,6 @@ def make_config(given, stored=None):
             f"Received: KERAS_BACKEND={backend}"
         )
     return {
-        "arguments": arguments,
-        "overrides": make_overrides(arguments, given),
         "backend": backend,
         "platform": platform.platform(),
         "versions": {
