@@ -308,22 +308,28 @@ def table(rows):
                 number(row.get("rise_mib"), 0),
             )
         )
+    return align(lines, left=(1, 2))
+
+
+def align(lines, left):
+    """Lines of texts as columns, those with the numbers `left` to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if index in (1, 2) else text.rjust(width)
+            text.ljust(width) if index in left else text.rjust(width)
             for index, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
 
 
-def write(report, folder):
+def write(report, folder, columns=COLUMNS):
     """Writes a report as JSON and its results as CSV.
 
     Args:
         report: Dict, what `benchmark` returns.
         folder: Path. Files of the same name are replaced.
+        columns: Names of the CSV's columns.
 
     Returns:
         The two paths.
@@ -332,7 +338,7 @@ def write(report, folder):
     paths = folder / f"{report['name']}.json", folder / f"{report['name']}.csv"
     paths[0].write_text(json.dumps(report, indent=2) + "\n")
     with paths[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(report["results"])
     return paths
@@ -417,10 +423,12 @@ def benchmark(
 @contextlib.contextmanager
 def on_device(device):
     """Puts new tensors on a device, or leaves them where the backend puts them; gives its name."""
-    if device is None:
+    # Not even a scope where it is the device anyway: in one named "cpu:0", torch copies its tensors
+    # on "cpu" at each use.
+    if device is None or device == current_device():
         yield current_device()
     else:
-        with keras.device(f"{device}:0"):
+        with keras.device("cpu" if device == "cpu" else f"{device}:0"):
             yield device
 
 

@@ -213,6 +213,13 @@ def test_the_check_is_on_tokens_outside_the_window():
     assert Case(tokens=4096).small().tokens == 389
 
 
+def test_naming_the_device_in_use_copies_no_tensor():
+    x = ops.ones(3)
+    with run.on_device(run.current_device()) as device:
+        assert device == run.current_device()
+        assert ops.convert_to_tensor(x) is x
+
+
 def test_inputs_are_the_same_for_every_peer():
     first, second = make_inputs(tiny()), make_inputs(tiny())
     assert list(first) == list(second)
