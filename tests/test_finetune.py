@@ -178,8 +178,8 @@ def refused(main, capsys, arguments):
         (["--resume", "nowhere"], "`run_dir` must hold a run to resume (config.json)"),
         (["--sampler", "best"], "invalid choice: 'best'"),
         (
-            ["--context", "64", "--rwr-topk", "64", "--layers", "1", "--width", "4"],
-            "the RWR options must fit the preset: `topk` must be at most 32 for this window",
+            ["--context", "64", "--rwr-topk", "96", "--layers", "1", "--width", "4"],
+            "the RWR options must fit the preset: `topk` must be at most `max_sequence_length`",
         ),
     ],
 )

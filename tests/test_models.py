@@ -217,15 +217,23 @@ def test_int8(tmp_path):
     np.testing.assert_array_equal(tokens, greedy(model, **prompt))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_jit_compiled_training(monkeypatch):
-    model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.0, **ABLATION["R4"]))
-    if keras.backend.backend() == "torch":
-        # Keras has `torch.compile` trace its own code too, which takes minutes with the defaults.
-        import torch
+@pytest.fixture
+def quick_compilation(monkeypatch):
+    """On torch, Keras has `torch.compile` trace its own code too, minutes with the defaults."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
 
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("quick_compilation")
+def test_jit_compiled_training():
+    model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.0, **ABLATION["R4"]))
     state = model.get_weights()
     losses, weights = [], []
     for jit_compile in (True, False):

@@ -208,7 +208,7 @@ def half_patched():
         ({"layers": [0], "windows": 3}, TypeError, "RWR options must be among .*: windows"),
         ({"layers": [0], "num_heads": 3}, TypeError, "RWR options must be among .*: num_heads"),
         ({"layers": [0], "alpha": 0.0}, ValueError, "Received: alpha=0.0"),
-        ({"layers": [0], "topk": 18, "neighbor_block": 1, "window": 3}, ValueError, "at most 15"),
+        ({"layers": [0], "topk": 20, "neighbor_block": 1, "window": 3}, ValueError, "topk=20"),
         ({"layers": [0], "lens_strength": [1.0]}, ValueError, "must have one value a head"),
     ],
 )

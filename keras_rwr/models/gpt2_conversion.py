@@ -46,14 +46,11 @@ def check_options(options, context):
     config = RWRConfig(
         **{name: value for name, value in options.items() if name in fields}, is_causal=True
     )
-    outside = context - 1 - config.window
-    blocks = -(-outside // config.neighbor_block)
-    if 0 < blocks < config.slots:
+    # A window over the whole context leaves nothing to link to, whatever `topk` is.
+    if config.topk > context > config.window + 1:
         raise ValueError(
-            f"`topk` must be at most {blocks * config.neighbor_block} for this window and context: "
-            f"no token has more than {outside} tokens outside its window. "
-            f"Received: topk={config.topk}, neighbor_block={config.neighbor_block}, "
-            f"window={config.window}, max_sequence_length={context}"
+            "`topk` must be at most `max_sequence_length`, the model's context. "
+            f"Received: topk={config.topk}, max_sequence_length={context}"
         )
 
 
