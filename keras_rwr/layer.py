@@ -118,7 +118,8 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         head_dim_pad: `None` or int. Kernels round the head size up to a multiple of it. Changes
             speed only.
         implementation: `None` for the fastest that supports the call, or the name of one, which is
-            then used or raises `NotImplementedError`.
+            then used or raises `NotImplementedError`. A call with a cache has an implementation of
+            its own.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
