@@ -2,7 +2,8 @@
 
 Installed as `keras_rwr.backends`. This package knows no Keras and imports nothing from the rest of
 `keras_rwr`: pure tensors of one framework go in, pure tensors come out. `keras_rwr.dispatch`
-reaches a subpackage by its name, and imports it only when its framework is the active backend.
+reaches a subpackage by its name, and imports it when its framework is the active backend; the
+subpackage imports its kernels when they first run.
 
 A subpackage (`torch`, `jax`, `tensorflow`) offers
 
@@ -16,6 +17,8 @@ A subpackage (`torch`, `jax`, `tensorflow`) offers
   near-tie. `seed` is `None`, an int, or an int tensor of shape `(2,)` or `(4,)`; of four numbers
   the last two are added to the numbers of batch entries and heads in dropout's hash, because the
   call is one device's part of a larger one. See `keras_rwr.dropout`.
+- optionally `select_neighbors(query, key, config, padding_mask)`: a kernel for that choice, with
+  the result of `keras_rwr.graph.select_neighbors`.
 
 Subpackages never import one another, and importing `keras_rwr` imports none of them.
 """

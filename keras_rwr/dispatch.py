@@ -10,7 +10,7 @@ from keras import ops
 from keras_rwr import portable, reference
 from keras_rwr.config import RWRConfig
 
-# Kernels: name -> (module, the backend they are for), imported only when a call may use them.
+# Kernels: name -> (module, the backend they are for).
 KERNELS = {
     "triton": ("keras_rwr.backends.torch", "torch"),
     "pallas": ("keras_rwr.backends.jax", "jax"),
@@ -19,9 +19,14 @@ KERNELS = {
 # All implementations, fastest first.
 IMPLEMENTATIONS = (*KERNELS, "portable", "reference")
 
-# Both are filled outside of calls where possible: a call may be traced by a compiler.
-_loaded = {"portable": portable, "reference": reference}
+# Both are filled here, not by a call, which a compiler may trace. A module of kernels imports its
+# framework, which is the active backend, but no kernel yet.
 _shipped = {name for name, (module, _) in KERNELS.items() if importlib.util.find_spec(module)}
+_loaded = {"portable": portable, "reference": reference} | {
+    name: importlib.import_module(KERNELS[name][0])
+    for name in _shipped
+    if KERNELS[name][1] == keras.backend.backend()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +146,6 @@ def choose(spec, implementation=None):
 
 def load(name):
     """The module of an implementation, with `rwr_attention` and `supports`."""
-    if name not in _loaded:
-        _loaded[name] = importlib.import_module(KERNELS[name][0])
     return _loaded[name]
 
 

@@ -121,22 +121,17 @@ def rwr_attention(
     dispatch.check_implementation(implementation)
     if dropout > 0.0:
         seed = _check_seed(seed)
-    operation = RWRAttentionOperation(config, implementation)
-    is_symbolic = any_symbolic_tensors(
-        (query, key, value, lens_strength, concentration, discoverability, padding_mask)
-    )
-    run = operation.symbolic_call if is_symbolic else operation.call
-    return run(
-        query,
-        key,
-        value,
-        lens_strength=lens_strength,
-        concentration=concentration,
-        discoverability=discoverability,
-        padding_mask=padding_mask,
-        seed=seed if dropout > 0.0 else None,
-        graph=graph,
-    )
+    tensors = {
+        "lens_strength": lens_strength,
+        "concentration": concentration,
+        "discoverability": discoverability,
+        "padding_mask": padding_mask,
+    }
+    others = {"seed": seed if dropout > 0.0 else None, "graph": graph}
+    if any_symbolic_tensors((query, key, value, *tensors.values())):
+        operation = RWRAttentionOperation(config, implementation)
+        return operation.symbolic_call(query, key, value, **tensors, **others)
+    return _call(config, implementation, query, key, value, **tensors, **others)
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
@@ -173,21 +168,19 @@ class RWRAttentionOperation(keras.Operation):
         seed=None,
         graph=None,
     ):
-        query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-        if padding_mask is not None:
-            padding_mask = ops.convert_to_tensor(padding_mask)
-        if discoverability is not None:
-            discoverability = ops.convert_to_tensor(discoverability)
-        config = self.config
-        self._check(query, key, value, lens_strength, concentration, discoverability, padding_mask)
-        if graph is not None:
-            check_graph(graph, query, config)
-        if in_symbolic_scope():
-            return ops.cast(ops.zeros_like(value), query.dtype)
-        tensors = (query, key, value, lens_strength, concentration, discoverability, padding_mask)
-        if graph is None and sharding.is_active():
-            return _attend_over_devices(config, self.implementation, *tensors, seed)
-        return _attend(config, self.implementation, *tensors, seed, graph)
+        return _call(
+            self.config,
+            self.implementation,
+            query,
+            key,
+            value,
+            lens_strength,
+            concentration,
+            discoverability,
+            padding_mask,
+            seed,
+            graph,
+        )
 
     def compute_output_spec(
         self,
@@ -201,17 +194,46 @@ class RWRAttentionOperation(keras.Operation):
         seed=None,
         graph=None,
     ):
-        self._check(query, key, value, lens_strength, concentration, discoverability, padding_mask)
+        _check(query, key, value, lens_strength, concentration, discoverability, padding_mask)
         return keras.KerasTensor((*query.shape[:3], value.shape[-1]), dtype=query.dtype)
 
-    def _check(
-        self, query, key, value, lens_strength, concentration, discoverability, padding_mask
-    ):
-        check_shapes(query, key, value, padding_mask)
-        heads, head_size = query.shape[2:]
-        check_per_head("lens_strength", lens_strength, heads)
-        check_per_head("concentration", concentration, heads, *CONCENTRATION_RANGE)
-        _check_discoverability(discoverability, heads, head_size)
+
+def _call(
+    config,
+    implementation,
+    query,
+    key,
+    value,
+    lens_strength,
+    concentration,
+    discoverability=None,
+    padding_mask=None,
+    seed=None,
+    graph=None,
+):
+    """Checks tensors that hold numbers, and attends."""
+    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+    if padding_mask is not None:
+        padding_mask = ops.convert_to_tensor(padding_mask)
+    if discoverability is not None:
+        discoverability = ops.convert_to_tensor(discoverability)
+    _check(query, key, value, lens_strength, concentration, discoverability, padding_mask)
+    if graph is not None:
+        check_graph(graph, query, config)
+    if in_symbolic_scope():
+        return ops.cast(ops.zeros_like(value), query.dtype)
+    tensors = (query, key, value, lens_strength, concentration, discoverability, padding_mask)
+    if graph is None and sharding.is_active():
+        return _attend_over_devices(config, implementation, *tensors, seed)
+    return _attend(config, implementation, *tensors, seed, graph)
+
+
+def _check(query, key, value, lens_strength, concentration, discoverability, padding_mask):
+    check_shapes(query, key, value, padding_mask)
+    heads, head_size = query.shape[2:]
+    check_per_head("lens_strength", lens_strength, heads)
+    check_per_head("concentration", concentration, heads, *CONCENTRATION_RANGE)
+    _check_discoverability(discoverability, heads, head_size)
 
 
 def _attend(
@@ -240,7 +262,12 @@ def _attend(
     module = dispatch.load(dispatch.choose(spec, implementation))
     neighbors = None
     if graph is None and config.steps > 0:
-        neighbors = graphs.select_neighbors(query, key, config, padding_mask)
+        select = getattr(module, "select_neighbors", graphs.select_neighbors)
+        neighbors = select(query, key, config, padding_mask)
+    lens_strength, concentration = (
+        ops.convert_to_tensor(x) if isinstance(x, keras.Variable) else x
+        for x in (lens_strength, concentration)
+    )
     return module.rwr_attention(
         query,
         key,
