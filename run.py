@@ -5,7 +5,8 @@
     python3 run.py test [arguments of pytest]
 
 `ablation` trains R0 to R4 of a small GPT-2 and leaves a table and a picture in a run folder. `test`
-runs all tests on torch, jax and tensorflow, each in its own process.
+runs all tests on torch, jax and tensorflow, each in its own process, and those of the Triton
+kernels in one that interprets them on the CPU.
 
 The environment is `.venv` beside this script. It is made on first use, from pyproject.toml and the
 versions in constraints.txt, and updated only when one of them changes.
@@ -34,6 +35,8 @@ SLOWEST_FIRST = ("tensorflow", "jax", "torch")  # so that no long test process e
 
 # Tests that start processes of their own, with other backends or with none.
 ACROSS_BACKENDS = ("tests/cross_backend", "tests/devices", "tests/packaging")
+# Tests of Triton's kernels, which a process interprets from its start or not at all.
+KERNELS = "tests/kernels"
 
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 
@@ -63,20 +66,25 @@ def ablation(arguments):
 
 
 def test(arguments):
-    """Runs pytest once a backend, then the tests that span backends, and sums up."""
+    """Runs pytest once a backend, on interpreted kernels and across backends, and sums up."""
     python = environment([*BACKENDS, "examples", "test"])
     selected = [x for x in arguments if not x.startswith("-") and is_test_path(x)]
     options = [x for x in arguments if x not in selected]
     spanning = [x for x in selected if x.startswith(ACROSS_BACKENDS)]
-    single = [x for x in selected if x not in spanning]
+    interpreted = [x for x in selected if x.startswith(KERNELS)]
+    single = [x for x in selected if x not in (*spanning, *interpreted)]
 
     runs = []
     if single or not selected:
-        paths = single if single else ["tests", *(f"--ignore={x}" for x in ACROSS_BACKENDS)]
-        runs += [(backend, backend, paths) for backend in SLOWEST_FIRST]
+        elsewhere = [f"--ignore={x}" for x in (*ACROSS_BACKENDS, KERNELS)]
+        paths = single if single else ["tests", *elsewhere]
+        runs += [(backend, settings(backend), paths) for backend in SLOWEST_FIRST]
+    if interpreted or not selected:
+        variables = settings("torch", TRITON_INTERPRET="1")
+        runs.append(("kernels", variables, interpreted if interpreted else [KERNELS]))
     if spanning or not selected:
         paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
-        runs.append(("across backends", BACKENDS[0], paths))
+        runs.append(("across backends", settings(BACKENDS[0]), paths))
 
     jobs = int(os.environ.get("KERAS_RWR_JOBS", min(2, os.cpu_count() or 1)))
     started = time.monotonic()
@@ -102,13 +110,13 @@ def is_test_path(argument):
     return (ROOT / argument.split("::")[0]).exists()
 
 
-def pytest(python, name, backend, paths, options, captured):
+def pytest(python, name, variables, paths, options, captured):
     """Runs one pytest process.
 
     Args:
         python: Path of the environment's interpreter.
         name: String, what to call the process.
-        backend: String, its Keras backend.
+        variables: Dict, its environment.
         paths: List of strings, what it tests.
         options: List of strings, further arguments.
         captured: Bool. Whether to print its output in one piece at its end.
@@ -123,7 +131,7 @@ def pytest(python, name, backend, paths, options, captured):
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=settings(backend),
+            env=variables,
             check=False,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -154,13 +162,14 @@ def read_counts(report):
     }
 
 
-def settings(backend):
-    """The environment variables of a process that uses a backend."""
+def settings(backend, **others):
+    """The environment variables of a process that uses a backend, and others to set."""
     return {
         **os.environ,
         "KERAS_BACKEND": backend,
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+        **others,
     }
 
 

@@ -15,6 +15,11 @@ if shutil.which("nvidia-smi") is None:
 import keras
 import pytest
 
+# Collected only where they are named: kernels/ is a process of its own, see its conftest.py.
+collect_ignore = ["kernels"]
+if keras.backend.backend() != "torch":
+    collect_ignore += ["test_gpu_benchmark.py", "test_gpu_kernels.py", "test_machine_code.py"]
+
 
 def pytest_report_header():
     return f"keras {keras.__version__} on {keras.backend.backend()}"

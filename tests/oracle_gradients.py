@@ -1,7 +1,8 @@
 """A second formula for RWR attention, in torch float64, from which autograd gives gradients.
 
 It takes the chosen neighbour blocks as data (no gradient flows through the selection), knows
-neither Keras nor the package under test, and is itself compared with the loops of `oracle.py`.
+neither Keras nor the package under test, and is itself compared with the loops of `oracle.py`. In
+another dtype it is the same computation done eagerly, by whose error kernels are judged.
 """
 
 import math
@@ -24,12 +25,12 @@ def unit(vectors):
 def pair_masks(real, neighbors, options):
     """(local, local in both directions, neighbour) pairs, bool, (B, N or 1, S, S)."""
     tokens = real.shape[1]
-    place = torch.arange(tokens)
+    place = torch.arange(tokens, device=real.device)
     offset = place[:, None] - place[None, :]
     both_ways = (real[:, :, None] & real[:, None, :])[:, None]
     valid = both_ways & (offset >= 0) if options.is_causal else both_ways
     window = offset.abs() <= options.window
-    chosen = torch.zeros((*neighbors.shape[:3], tokens), dtype=torch.bool)
+    chosen = torch.zeros((*neighbors.shape[:3], tokens), dtype=torch.bool, device=real.device)
     block_of_key = place // options.neighbor_block
     for slot in range(neighbors.shape[-1]):
         number = neighbors[..., slot, None]
@@ -62,7 +63,7 @@ def transition(query, key, bias, real, neighbors, concentration, options):
     degree = weight.sum(-1)
     isolated = degree <= (1e-6 if options.edge_weight == "cosine" else 0.0)
     degree = torch.where(isolated, 1.0, degree)
-    stay = torch.eye(weight.shape[-1], dtype=weight.dtype)
+    stay = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     step = torch.where(isolated[..., None], stay, weight / degree[..., None])
     return step, popularity * degree
 
@@ -79,7 +80,7 @@ def dropout_factor(shape, seed, rate):
 
 def masked_softmax(logits, mask):
     """Softmax over the masked entries; a row without any is 0."""
-    return torch.softmax(logits.masked_fill(~mask, -1e300), -1) * mask
+    return torch.softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), -1) * mask
 
 
 def walked_tokens(mixed, local_both, valid, topk):
@@ -104,12 +105,12 @@ def rwr_attention(
     seed=(0, 0),
 ):
     """y (B, S, N, Hv); arrays (B, S, N, H), discoverability (N, H), the other two (N,)."""
-    real = torch.as_tensor(real)
-    neighbors = torch.as_tensor(neighbors)
+    real = torch.as_tensor(real, device=query.device)
+    neighbors = torch.as_tensor(neighbors, device=query.device)
     bias = torch.einsum("bjnh,nh->bnj", key, discoverability).clamp(-8.0, 8.0)
     step, stationary = transition(query, key, bias, real, neighbors, concentration, options)
 
-    decay, power = 1.0 - options.alpha, torch.eye(step.shape[-1], dtype=step.dtype)
+    decay, power = 1.0 - options.alpha, torch.eye(step.shape[-1]).to(step)
     walk = options.alpha * power.expand_as(step)
     for t in range(1, options.steps + 1):
         power = step @ power
@@ -125,7 +126,7 @@ def rwr_attention(
     gamma = lens_strength[:, None, None]
     logits = torch.einsum("binh,bjnh->bnij", query, key) / math.sqrt(query.shape[-1])
     logits = logits + bias[..., None, :]
-    kept = dropout_factor(tuple(step.shape), seed, options.dropout)
+    kept = dropout_factor(tuple(step.shape), seed, options.dropout).to(step)
     if options.fusion == "softmax":
         valid = (real[:, :, None] & real[:, None, :])[:, None]
         valid = valid.tril() if options.is_causal else valid
@@ -138,16 +139,19 @@ def rwr_attention(
     return torch.einsum("bnij,bjnh->binh", scores, value)
 
 
-def gradients(arrays, cotangent, **arguments):
+def gradients(arrays, cotangent, *, dtype=torch.float64, device="cpu", **arguments):
     """(output, gradients by name) for NumPy `arrays`, a dict with every name in `NAMES`."""
-    leaves = {
-        name: torch.tensor(np.asarray(arrays[name]), dtype=torch.float64, requires_grad=True)
-        for name in NAMES
-    }
+
+    def tensor(array):
+        return torch.tensor(np.asarray(array), dtype=dtype, device=device)
+
+    def array(result):
+        return result.detach().double().cpu().numpy()
+
+    leaves = {name: tensor(arrays[name]).requires_grad_() for name in NAMES}
     output = rwr_attention(*leaves.values(), **arguments)
-    loss = (output * torch.tensor(np.asarray(cotangent), dtype=torch.float64)).sum()
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return output.detach().numpy(), {
-        name: np.zeros(leaf.shape) if grad is None else grad.numpy()
+    found = torch.autograd.grad(output, list(leaves.values()), tensor(cotangent), allow_unused=True)
+    return array(output), {
+        name: np.zeros(leaf.shape) if grad is None else array(grad)
         for (name, leaf), grad in zip(leaves.items(), found, strict=True)
     }

@@ -10,8 +10,8 @@ CHECK = """
 import keras
 
 def is_kernel(name):
-    if name.startswith("keras_rwr.backends."):  # the package itself holds no code
-        return True
+    if name.startswith("keras_rwr.backends."):  # what registers kernels may be there
+        return name.endswith(("_kernels", ".launch", ".selection"))
     return (name + ".").startswith(
         ("triton.", "jax.experimental.pallas.", "keras_hub.", "keras_nlp.")
     )
@@ -57,16 +57,16 @@ def test_the_check_fails_where_an_import_needs_what_is_hidden(tmp_path):
 
 def test_the_check_fails_where_a_kernel_or_a_library_is_loaded(tmp_path):
     (tmp_path / "triton.py").touch()
-    (tmp_path / "made_up.py").touch()
+    (tmp_path / "made_up_kernels.py").touch()
     extra = f"""
 import triton
 import keras_rwr.backends
 keras_rwr.backends.__path__.append({str(tmp_path)!r})
-import keras_rwr.backends.made_up
+import keras_rwr.backends.made_up_kernels
 """
     done = check("numpy", tmp_path, extra=extra, hidden=(), path=[tmp_path])
     assert done.returncode == 1
-    assert "'keras_rwr.backends.made_up', 'triton']" in done.stderr
+    assert "'keras_rwr.backends.made_up_kernels', 'triton']" in done.stderr
 
 
 def test_the_check_hides_frameworks_and_pallas(tmp_path):

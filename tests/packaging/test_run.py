@@ -78,10 +78,11 @@ def pytest_arguments(commands):
 @pytest.mark.parametrize(
     ("arguments", "processes"),
     [
-        ([], 4),
-        (["-x"], 4),
+        ([], 5),
+        (["-x"], 5),
         (["tests/test_layer.py::test_one"], 3),
         (["tests/packaging"], 1),
+        (["tests/kernels"], 1),
     ],
 )
 def test_test_runs_a_process_a_backend(ready, commands, arguments, processes, monkeypatch):
@@ -94,7 +95,23 @@ def test_test_runs_a_process_a_backend(ready, commands, arguments, processes, mo
 
 def test_a_process_without_a_report_is_a_failure(ready, commands, capsys):
     assert run.main(["test"]) == 1
-    assert capsys.readouterr().out.endswith("0 passed, 4 failed, 0 skipped\n")
+    assert capsys.readouterr().out.endswith("0 passed, 5 failed, 0 skipped\n")
+
+
+def test_kernels_are_interpreted_and_nothing_else_is(ready, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    interpreted = {}
+
+    def pretend(command, env=None, **options):
+        if "pytest" in command:
+            interpreted[" ".join(command)] = env.get("TRITON_INTERPRET") == "1"
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(run.subprocess, "run", pretend)
+    run.main(["test"])
+    assert len(interpreted) == 5
+    for command, is_interpreted in interpreted.items():
+        assert is_interpreted == (" tests/kernels " in command)
 
 
 def test_counts(tmp_path):

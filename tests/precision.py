@@ -1,0 +1,143 @@
+"""The tolerance rule of half precision.
+
+A kernel's error against float64 is at most twice that of the same computation done eagerly in the
+kernel's dtype, plus a small floor. The inputs are rounded to that dtype beforehand, so that what
+counts is the arithmetic, and float64 takes the neighbours that the kernels chose, so that a
+near-tie counts for nothing.
+"""
+
+import dataclasses
+
+import numpy as np
+import oracle
+import oracle_gradients
+import torch
+from helpers import SUMMED, attention, errors
+from keras import ops
+
+from keras_rwr import dispatch
+from keras_rwr.config import RWRConfig
+
+# Twice the rounding of a stored result, 2^-11 and 2^-8: what is left where the eager computation
+# happens to be exact. Float32's is that of `helpers.TOLERANCES`.
+FLOORS = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+HALF_INPUTS = ("query", "key", "value", "cotangent")
+
+
+def rounded(inputs, dtype):
+    """Inputs of a case that `dtype` represents exactly."""
+    arrays = {**inputs.arrays(), "cotangent": inputs.cotangent}
+    arrays = {name: torch.tensor(array).to(dtype).float().numpy() for name, array in arrays.items()}
+    return dataclasses.replace(inputs, **arrays)
+
+
+def kernel_tensors(inputs, dtype):
+    """Tensors by name as a mixed-precision model has them: activations halved, weights not."""
+    arrays = {**inputs.arrays(), "cotangent": inputs.cotangent}
+    tensors = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
+    return {name: x.to(dtype) if name in HALF_INPUTS else x for name, x in tensors.items()}
+
+
+def chosen_neighbors(query, key, options, padding_mask):
+    """The blocks that the kernels choose, (B, N, S, slots), as NumPy."""
+    if padding_mask is not None:
+        padding_mask = ops.convert_to_tensor(padding_mask)
+    config = RWRConfig(**options)
+    neighbors = dispatch.load("triton").select_neighbors(query, key, config, padding_mask)
+    if neighbors is None:
+        batch, size, heads, _ = query.shape
+        return np.full((batch, heads, size, 1), oracle.NO_BLOCK)
+    return neighbors.cpu().numpy()
+
+
+def run_kernels(case, inputs, dtype):
+    """(output, gradients by name, neighbours) of the kernels, in NumPy."""
+    options = dict(case.options)
+    tensors = kernel_tensors(inputs, dtype)
+    neighbors = chosen_neighbors(tensors["query"], tensors["key"], options, inputs.padding_mask)
+    cotangent = tensors.pop("cotangent")
+    if not case.discoverability:
+        tensors["discoverability"] = torch.zeros_like(tensors["discoverability"])
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+    run = attention(inputs, options, "triton", seed=case.seed if options.get("dropout") else None)
+    output = run(*leaves)
+    found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+    found = [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
+    kept = [x.dtype for x in (output, *found)] == [dtype, *(leaf.dtype for leaf in leaves)]
+    if not kept:
+        raise AssertionError(f"dtypes of output and gradients: {[x.dtype for x in found]}")
+    output, *found = (x.detach().double().cpu().numpy() for x in (output, *found))
+    return output, dict(zip(tensors, found, strict=True)), neighbors
+
+
+def limits(formula, dtype):
+    """The float64 results, and the errors that the rule allows.
+
+    Args:
+        formula: Function of a torch dtype that gives a dict from name to NumPy array, with the
+            results as computed in that dtype.
+        dtype: The dtype of the kernels.
+
+    Returns:
+        Dict from name to the exact array, and dict from name to the allowed norm-wise and largest
+        error.
+    """
+    truth = formula(torch.float64)
+
+    def eager_errors(dtype):
+        found = formula(dtype)
+        return {name: errors(found[name], truth[name]) for name in truth}
+
+    eager = eager_errors(dtype)
+    if dtype == torch.float16 and any(max(found) == float("inf") for found in eager.values()):
+        # Exponential edges leave float16's range. bfloat16 has the range, and 8 times the rounding.
+        coarse = eager_errors(torch.bfloat16)
+        eager = {
+            name: tuple(error / 8.0 for error in coarse[name])
+            if max(found) == float("inf")
+            else found
+            for name, found in eager.items()
+        }
+    allowed = {}
+    for name, found in eager.items():
+        # One number a head, left over from terms that cancel: its error is a matter of luck.
+        floor = FLOORS[dtype] * (8.0 if name in SUMMED else 1.0)
+        allowed[name] = tuple(2.0 * error + floor for error in found)
+    return truth, allowed
+
+
+def assert_within(found, truth, allowed):
+    """Raises unless every result, a dict of NumPy arrays, is as close to the truth as allowed."""
+    for name, array in found.items():
+        made = errors(array, truth[name])
+        if any(error > limit for error, limit in zip(made, allowed[name], strict=True)):
+            raise AssertionError(
+                f"{name}: norm-wise and largest errors {made[0]:.1e} and {made[1]:.1e}, "
+                f"allowed {allowed[name][0]:.1e} and {allowed[name][1]:.1e}"
+            )
+
+
+def assert_as_exact_as_eager(case, dtype):
+    """Raises unless the kernels keep the rule in the output and in every gradient."""
+    inputs = rounded(case.inputs, dtype)
+    output, gradients, neighbors = run_kernels(case, inputs, dtype)
+    arrays = inputs.arrays()
+    if not case.discoverability:
+        arrays["discoverability"] = 0.0 * arrays["discoverability"]
+
+    def formula(dtype):
+        output, gradients = oracle_gradients.gradients(
+            arrays,
+            inputs.cotangent,
+            dtype=dtype,
+            options=case.oracle_options,
+            real=inputs.real(),
+            neighbors=neighbors,
+            seed=case.seed,
+        )
+        return {"output": output, **gradients}
+
+    assert_within({"output": output, **gradients}, *limits(formula, dtype))

@@ -1,0 +1,178 @@
+"""The machine code of the shipped kernels, compiled without a GPU: tensor cores, and no spills.
+
+The backend runs on tensors in main memory, and each launch is compiled instead of run, with the
+arguments, tiles and options that it would be launched with.
+"""
+
+import contextlib
+import functools
+import re
+import subprocess
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from keras_rwr.backends.torch import rwr_attention, select_neighbors
+from keras_rwr.config import RWRConfig
+
+HOPPER = GPUTarget("cuda", 90, 32)
+MI300 = GPUTarget("hip", "gfx942", 64)
+SHARED_MEMORY = {"cuda": 227 * 1024, "hip": 64 * 1024}
+
+# Kernels that multiply tiles, and those that have nothing to multiply.
+PRODUCTS = {
+    "select_two",
+    "weigh_far_edges",
+    "spread",
+    "collect",
+    "attend_locally",
+    "step_along_band",
+    "far_edge_gradients",
+    "band_edge_gradients",
+    "key_gradients",
+}
+NO_PRODUCTS = {
+    "average_blocks",
+    "label_entries",
+    "measure_scales",
+    "start_adjoint",
+    "finish_adjoint",
+}
+# Bytes of a thread that 255 registers have no room for, by head size. No other kernel spills.
+SPILLS = {64: {}, 128: {"band_edge_gradients": 368, "key_gradients": 80}}
+
+
+class Device:
+    """What Triton asks a driver for in order to compile."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        # Compiled kernels are kept by device.
+        return str(self.target)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(target):
+    """Compiles what is launched, for `target`, into the list that it gives."""
+    kernels = []
+    launch = JITFunction.run
+
+    def run(function, *arguments, grid, warmup, **options):
+        kernels.append(launch(function, *arguments, grid=grid, warmup=True, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", Device(target))
+        patch.setattr(JITFunction, "run", run)
+        yield kernels
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@functools.cache
+def compile_attention(target, head_size, tokens=4096, backward=True, **options):
+    """The kernels of one call in bfloat16, forward and backward, by name; each name has a list."""
+    config = RWRConfig(is_causal=True, **options)
+    with compiling(target) as kernels:
+        query, key, value = torch.zeros((3, 1, tokens, 2, head_size), dtype=torch.bfloat16)
+        query.requires_grad_(backward)
+        neighbors = select_neighbors(query, key, config)
+        output = rwr_attention(
+            query,
+            key,
+            value,
+            config,
+            lens_strength=0.3,
+            concentration=20.0,
+            neighbors=neighbors,
+        )
+        if backward:
+            output.sum().backward()
+    by_name = {}
+    for kernel in {kernel.hash: kernel for kernel in kernels}.values():
+        by_name.setdefault(kernel.metadata.name, []).append(kernel)
+    return by_name
+
+
+def tensor_core_instructions(kernel):
+    return len(re.findall(r"\bH(?:G)?MMA\b", kernel.asm["sass"]))
+
+
+def spilled_bytes(kernel, tmp_path):
+    """Bytes of a thread that live in memory for want of registers."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)
+    assert len(used) == 2, usage
+    return sum(map(int, used))
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_hopper(head_size, tmp_path):
+    compiled = compile_attention(HOPPER, head_size)
+    assert set(compiled) == PRODUCTS | NO_PRODUCTS
+    for name, kernels in compiled.items():
+        for kernel in kernels:
+            assert (tensor_core_instructions(kernel) > 0) == (name in PRODUCTS), name
+            assert spilled_bytes(kernel, tmp_path) <= SPILLS[head_size].get(name, 0), name
+            assert kernel.metadata.shared <= SHARED_MEMORY["cuda"], name
+
+
+def test_amd():
+    compiled = compile_attention(MI300, 64)
+    assert set(compiled) == PRODUCTS | NO_PRODUCTS
+    for name, kernels in compiled.items():
+        for kernel in kernels:
+            assert ("v_mfma_" in kernel.asm["amdgcn"]) == (name in PRODUCTS), name
+            assert kernel.metadata.shared <= SHARED_MEMORY["hip"], name
+
+
+# --- the checks can fail -------------------------------------------------------------------------
+
+
+@triton.jit
+def square(x_ptr, SIZE: tl.constexpr):
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    tile = tl.load(x_ptr + rows * SIZE + columns)
+    tl.store(x_ptr + rows * SIZE + columns, tl.dot(tile, tile))
+
+
+@triton.jit
+def double(x_ptr, SIZE: tl.constexpr):
+    positions = tl.arange(0, SIZE)
+    tl.store(x_ptr + positions, 2.0 * tl.load(x_ptr + positions))
+
+
+def compile_one(kernel, dtype, **options):
+    with compiling(HOPPER) as kernels:
+        kernel[(1,)](torch.zeros(16384, dtype=dtype), SIZE=128, enable_fp_fusion=True, **options)
+    return kernels[0]
+
+
+def test_spills_are_noticed(tmp_path):
+    assert spilled_bytes(compile_one(square, torch.bfloat16, num_warps=8), tmp_path) == 0
+    assert spilled_bytes(compile_one(square, torch.bfloat16, num_warps=1), tmp_path) > 100
+
+
+def test_missing_tensor_cores_are_noticed():
+    assert tensor_core_instructions(compile_one(square, torch.bfloat16)) > 0
+    assert tensor_core_instructions(compile_one(double, torch.float32)) == 0
