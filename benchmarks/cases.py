@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 LEVELS = ("layer", "op")
+SEED = 20061
+SMALL_BATCH = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +50,22 @@ class Case:
     def small(self):
         """The same call on few tokens, still with most of them outside the window."""
         window = self.options.get("window", 128)
-        return dataclasses.replace(self, tokens=3 * window + 5)
+        batch = min(self.batch, SMALL_BATCH)
+        return dataclasses.replace(self, tokens=3 * window + 5, batch=batch)
 
 
-def make_inputs(case):
+def normal_numbers():
+    """A function of a shape that draws float32 arrays of independent normal numbers."""
+    rng = np.random.default_rng(SEED)
+    return lambda *shape: rng.standard_normal(shape).astype("float32")
+
+
+def make_inputs(case, draw=None):
     """Inputs by name, as float32 arrays of order 1, the same for all peers.
 
     Args:
         case: `Case`.
+        draw: `None`, or what to draw with instead of `normal_numbers()`, perhaps on a device.
 
     Returns:
         A dict with "query", "key", "value" of shape `(B, S, N, H)` and "discoverability" of shape
@@ -63,10 +73,10 @@ def make_inputs(case):
         `keras.layers.MultiHeadAttention` names them, for a layer; "cotangent" of the shape of the
         output for both.
     """
-    rng = np.random.default_rng(20061)
+    draw = normal_numbers() if draw is None else draw
 
     def normal(*shape, scale=1.0):
-        return (scale * rng.standard_normal(shape)).astype("float32")
+        return draw(*shape) * scale
 
     if case.level == "op":
         inputs = {name: normal(*case.shape) for name in ("query", "key", "value", "cotangent")}

@@ -21,17 +21,10 @@ import numpy as np
 from keras import ops, tree
 
 from benchmarks import frameworks
-from benchmarks.run import (
-    TOLERANCES,
-    ParityError,
-    align,
-    environment,
-    largest_error,
-    on_device,
-    option,
-    summarize,
-    write,
-)
+from benchmarks.measure import summarize
+from benchmarks.parity import TOLERANCES, ParityError, largest_error
+from benchmarks.report import align, environment, write
+from benchmarks.run import on_device, option
 from keras_rwr.ablation import STEPS
 from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
 
@@ -204,7 +197,7 @@ def measure(decoders, tokens, repeat):
         repeat: Int >= 1, turns.
 
     Returns:
-        For each name what `benchmarks.run.summarize` gives, for one token.
+        For each name what `benchmarks.measure.summarize` gives, for one token.
     """
     framework = frameworks.active()
     samples = {name: [] for name in decoders}

@@ -1,5 +1,6 @@
 """How each framework compiles, differentiates, waits and counts memory."""
 
+import gc
 import importlib
 import os
 import pathlib
@@ -9,6 +10,8 @@ import sys
 import time
 
 import keras
+
+from benchmarks import cases
 
 
 class Framework:
@@ -23,6 +26,8 @@ class Framework:
     name: str
     variants: tuple[str, ...]
     default_variants: tuple[str, ...]
+    resets_peak = False  # of an accelerator's memory, within a process
+    out_of_memory: tuple[type[Exception], ...] = ()  # what an accelerator without memory raises
 
     def prepare(self, function, arrays, cotangent, variant):
         """Makes a call without arguments out of a function.
@@ -44,6 +49,13 @@ class Framework:
         weights = [variable.value for variable in layer.trainable_variables]
         return (lambda x, *weights: layer(x, x, **arguments)), weights
 
+    def normal_numbers(self):
+        """A function that draws what `make_inputs` takes, from the same seed each time."""
+        return cases.normal_numbers()
+
+    def release(self):
+        """Gives accelerator memory that nothing holds back to the device."""
+
     def wait(self, result):
         """Returns when the result has been computed."""
         raise NotImplementedError
@@ -64,27 +76,39 @@ class Framework:
         """Largest number of bytes allocated on the accelerator so far."""
         raise NotImplementedError
 
+    def reset_peak(self):
+        """Lets `device_peak` start anew, at what is allocated now."""
+        raise NotImplementedError
+
     def version(self):
         return importlib.import_module(self.name).__version__
 
 
 class Torch(Framework):
     name = "torch"
-    variants = ("eager", "compile")
+    variants = ("eager", "compile", "cudagraph")
     default_variants = ("eager",)
+    resets_peak = True
+
+    @property
+    def out_of_memory(self):
+        import torch
+
+        return (torch.OutOfMemoryError,)
 
     def prepare(self, function, arrays, cotangent, variant):
         import torch
 
         if variant == "compile":
             function = torch.compile(function)
+        capture = self.capture if variant == "cudagraph" else lambda call: call
         if cotangent is None:
 
             def forward():
                 with torch.no_grad():
                     return [function(*arrays)]
 
-            return forward
+            return capture(forward)
         for x in arrays:
             x.requires_grad_()
 
@@ -92,7 +116,46 @@ class Torch(Framework):
             output = function(*arrays)
             return [output, *torch.autograd.grad(output, arrays, cotangent)]
 
-        return forward_and_backward
+        return capture(forward_and_backward)
+
+    @staticmethod
+    def capture(call):
+        """The replay of a call's kernels as a CUDA graph."""
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and makes what libraries keep
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+        def replay():
+            graph.replay()
+            return result
+
+        return replay
+
+    def is_on_gpu(self):
+        return keras.src.backend.torch.core.get_device().startswith("cuda")
+
+    def normal_numbers(self):
+        import torch
+
+        if not self.is_on_gpu():
+            return super().normal_numbers()
+        generator = torch.Generator("cuda").manual_seed(cases.SEED)
+        return lambda *shape: torch.randn(*shape, device="cuda", generator=generator)
+
+    def release(self):
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def wait(self, result):
         import torch
@@ -103,7 +166,7 @@ class Torch(Framework):
     def seconds(self, call, number):
         import torch
 
-        if keras.src.backend.torch.core.get_device() != "cuda":
+        if not self.is_on_gpu():
             return super().seconds(call, number)
         torch.cuda.synchronize()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -123,6 +186,11 @@ class Torch(Framework):
         import torch
 
         return torch.cuda.max_memory_allocated()
+
+    def reset_peak(self):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
 
 
 class Jax(Framework):

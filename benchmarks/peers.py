@@ -13,7 +13,7 @@ from keras_rwr.config import RWRConfig
 from keras_rwr.dispatch import IMPLEMENTATIONS
 
 # The peers that say what is right: every other one is compared with that of its definition.
-DEFINITIONS = {"rwr": "rwr-reference", "dense": "dense-formula"}
+DEFINITIONS = {"rwr": "rwr-reference", "dense": "dense-formula", "tiles": "tiles-formula"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,41 @@ def build_dense_layer(case, inputs):
     return function, [ops.convert_to_tensor(inputs["x"], case.dtype), *weights]
 
 
+def decoder_mask(batch, tokens, is_causal):
+    """The mask `(B, S, S)` that KerasHub's decoder makes in each layer and call, in int32."""
+    mask = ops.ones((batch, 1, tokens), dtype="int32")  # no padding
+    position = ops.arange(tokens)
+    if is_causal:
+        mask = ops.minimum(mask, ops.cast(position[:, None] >= position, "int32"))
+    return ops.broadcast_to(mask, (batch, tokens, tokens))
+
+
+class GPT2Attention(keras.layers.MultiHeadAttention):
+    """Attention in KerasHub's GPT-2, outside of training.
+
+    Its dropout rate takes it off Keras's fused path, in inference too. So does its mask.
+    """
+
+    def __init__(self, **arguments):
+        super().__init__(dropout=0.1, **arguments)
+
+    def call(self, query, value, use_causal_mask=False):
+        mask = decoder_mask(*query.shape[:2], use_causal_mask)
+        return super().call(query, value, attention_mask=mask)
+
+    def attend(self, query, key, value, is_causal):
+        """What `call` does between the projections."""
+        mask = decoder_mask(*query.shape[:2], is_causal)
+        return self._compute_attention(query, key, value, attention_mask=mask)[0]
+
+
+def build_gpt2_op(case, inputs):
+    layer = GPT2Attention(num_heads=case.heads, key_dim=case.head_size, dtype=case.dtype)
+    shape = (case.batch, case.tokens, case.width)
+    layer.build(shape, shape)
+    return op_builder(lambda case, *arrays: layer.attend(*arrays, case.is_causal))(case, inputs)
+
+
 def rwr_layer(implementation):
     def make_layer(case, **arguments):
         return keras_rwr.RWRAttention(**arguments, **case.options, implementation=implementation)
@@ -163,12 +198,17 @@ def rwr_layer(implementation):
 
 def dense_formula(query, key, value, is_causal):
     """Softmax attention of `(B, S, N, H)`, in float32, in the dtype of `query`."""
-    dtype, size = query.dtype, query.shape[1]
+    position = ops.arange(query.shape[1])
+    return masked_formula(query, key, value, position[:, None] >= position if is_causal else None)
+
+
+def masked_formula(query, key, value, mask):
+    """Softmax attention with a mask `(S, S)` or `(B, N, S, S)`, or `None`."""
+    dtype = query.dtype
     query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
     logits = ops.einsum("bqnh,bknh->bnqk", query, key) * query.shape[-1] ** -0.5
-    if is_causal:
-        position = ops.arange(size)
-        logits = ops.where(position[:, None] >= position, logits, -1e30)
+    if mask is not None:
+        logits = ops.where(mask, logits, -1e30)
     return ops.cast(ops.einsum("bnqk,bknh->bqnh", ops.softmax(logits), value), dtype)
 
 
@@ -232,6 +272,26 @@ register(
         build=op_builder(
             lambda case, *arrays: ops.dot_product_attention(*arrays, is_causal=case.is_causal)
         ),
+    )
+)
+register(
+    Peer(
+        name="keras-gpt2",
+        description="keras.layers.MultiHeadAttention as in KerasHub's GPT-2",
+        level="layer",
+        definition="dense",
+        build=layer_builder(lambda case, **kwargs: GPT2Attention(**kwargs)),
+        is_default=False,
+    )
+)
+register(
+    Peer(
+        name="keras-gpt2",
+        description="keras.layers.MultiHeadAttention as in KerasHub's GPT-2, its projections aside",
+        level="op",
+        definition="dense",
+        build=build_gpt2_op,
+        is_default=False,
     )
 )
 register(

@@ -6,345 +6,29 @@
 Every peer is compared with the definition of what it computes first, on few tokens with the same
 options; if one differs, nothing is measured. Times include everything from the call's inputs on,
 the graph's construction too. Peers take turns, and ratios are of times of the same turn. Peak
-memory is that of a process of its own, which imports, compiles and makes one call.
+memory is that of a process of its own, which imports, compiles and makes one call, or that of a
+second call where an accelerator tells. Those of `benchmarks/torch_peers.py` run when named.
 """
 
 import argparse
 import ast
 import contextlib
-import csv
 import dataclasses
-import datetime
 import importlib
+import itertools
 import json
-import math
-import os
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
 
 import keras
-import numpy as np
-from keras import ops
 
-import keras_rwr
 from benchmarks import frameworks, peers
-from benchmarks.cases import LEVELS, Case, make_inputs
+from benchmarks.cases import LEVELS, Case
+from benchmarks.measure import measure_memory, measure_times, memory_of_one_call
+from benchmarks.parity import TOLERANCES, ParityError, check_parity
+from benchmarks.report import environment, table, write
 from keras_rwr.ablation import STEPS
 from keras_rwr.dispatch import current_device
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-# Largest error allowed, relative to the largest value of a tensor. In float32 two orders of
-# summation differ by some dozen roundings (6e-8), and gradients of weights sum over all tokens.
-# Below it, results are rounded at the end (2^-11, 2^-8), and layers round their projections too.
-TOLERANCES = {"float32": 5e-5, "float16": 4e-3, "bfloat16": 3e-2}
-
-# A tensor this much smaller than the largest one is roundings of terms that cancel.
-SMALLEST_SCALE = 1e-2
-
-# Calls in a sample: enough that the clock's and the launch's granularity do not show.
-SAMPLE_SECONDS = 0.02
-
-COLUMNS = (
-    *("backend", "device", "dtype", "level", "tokens", "batch", "heads", "head_size"),
-    *("gradients", "is_causal", "peer", "variant", "median_ms", "low_ms", "high_ms"),
-    *("samples", "ratio", "peak_mib", "rise_mib"),
-)
-
-
-class ParityError(Exception):
-    """Some peer does not compute what it should: there is nothing to measure."""
-
-
-def prepare(case, peer, variant):
-    """The call of a peer, see `Framework.prepare`."""
-    inputs = make_inputs(case)
-    function, arrays = peer.build(case, inputs)
-    cotangent = ops.convert_to_tensor(inputs["cotangent"], case.dtype) if case.gradients else None
-    return frameworks.active().prepare(function, arrays, cotangent, variant)
-
-
-# --- parity
-
-
-def results(case, peer, variant):
-    """Output and gradients of a peer as float64 arrays."""
-    tensors = prepare(case, peer, variant)()
-    return [
-        ops.convert_to_numpy(ops.cast(ops.stop_gradient(x), "float32")).astype("float64")
-        for x in tensors
-    ]
-
-
-def check_parity(case, chosen, variants):
-    """Compares peers with the definitions of what they compute, on a few tokens.
-
-    Args:
-        case: `Case`; its sequence length does not matter.
-        chosen: List of `Peer`.
-        variants: List of strings.
-
-    Returns:
-        List of dicts with the keys "peer", "variant", "error" and "tolerance".
-
-    Raises:
-        ParityError: If an error is larger than its tolerance, or not a number.
-    """
-    case = case.small()
-    tolerance = TOLERANCES[case.dtype]
-    expected = {}
-    for definition in {peer.definition for peer in chosen}:
-        right = peers.PEERS[case.level, peers.DEFINITIONS[definition]]
-        expected[definition] = results(case, right, variants[0])
-    checks = []
-    for peer in chosen:
-        for variant in variants:
-            error = largest_error(results(case, peer, variant), expected[peer.definition])
-            checks.append(
-                {"peer": peer.name, "variant": variant, "error": error, "tolerance": tolerance}
-            )
-    wrong = [check for check in checks if not check["error"] <= tolerance]
-    if wrong:
-        raise ParityError(
-            "peers must agree with their definition. Received: "
-            + ", ".join(f"{x['peer']} ({x['variant']}) is off by {x['error']:.1e}" for x in wrong)
-            + f", tolerance {tolerance:.0e}"
-        )
-    return checks
-
-
-def largest_error(arrays, expected):
-    """Largest error of any array relative to its largest value; not a number where either is."""
-    if [x.shape for x in arrays] != [x.shape for x in expected]:
-        return math.inf
-    floor = SMALLEST_SCALE * max(np.abs(x).max() for x in expected)
-    errors = [
-        np.abs(x - right).max() / max(np.abs(right).max(), floor)
-        for x, right in zip(arrays, expected, strict=True)
-    ]
-    return float(np.max(errors))  # np.max keeps what is not a number, max would not
-
-
-# --- time
-
-
-def measure_times(case, chosen, variants, repeat, baseline):
-    """Times peers in turn.
-
-    Args:
-        case: `Case`.
-        chosen: List of `Peer`.
-        variants: List of strings.
-        repeat: Int >= 1, turns.
-        baseline: String, the peer that ratios refer to, within a variant.
-
-    Returns:
-        A dict from `(peer, variant)` to a dict with the keys "median_ms", "low_ms" and "high_ms"
-        (the quartiles), "samples" and "ratio" (`None` without the baseline).
-    """
-    framework = frameworks.active()
-    calls = {(p.name, variant): prepare(case, p, variant) for p in chosen for variant in variants}
-    numbers = {}
-    for key, call in calls.items():
-        framework.wait(call())  # compiles
-        numbers[key] = max(1, math.ceil(SAMPLE_SECONDS / framework.seconds(call, 1)))
-    samples = {key: [] for key in calls}
-    for turn in range(repeat):
-        order = list(calls)
-        order = order[turn % len(order) :] + order[: turn % len(order)]
-        for key in order:
-            samples[key].append(framework.seconds(calls[key], numbers[key]))
-    return {
-        (peer, variant): summarize(times, samples.get((baseline, variant)))
-        for (peer, variant), times in samples.items()
-    }
-
-
-def summarize(times, baseline):
-    """Median and quartiles of seconds, and the median ratio to seconds of the same turns."""
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if times[1:] else times * 3
-    ratio = None
-    if baseline is not None:
-        ratio = statistics.median(a / b for a, b in zip(times, baseline, strict=True))
-    return {
-        "median_ms": 1e3 * statistics.median(times),
-        "low_ms": 1e3 * low,
-        "high_ms": 1e3 * high,
-        "samples": len(times),
-        "ratio": ratio,
-    }
-
-
-# --- memory
-
-
-def memory_of_one_call(case, peer, variant, device):
-    """Peak memory of this process after one call; see `measure_memory`."""
-    call = prepare(case, peer, variant)
-    if device == "cpu":
-        before, _ = frameworks.resident_bytes()
-        frameworks.active().wait(call())
-        _, peak = frameworks.resident_bytes()
-    else:
-        before = frameworks.active().device_peak()
-        frameworks.active().wait(call())
-        peak = frameworks.active().device_peak()
-    return {"peak_mib": peak / 2**20, "rise_mib": (peak - before) / 2**20}
-
-
-def measure_memory(case, chosen, variants, device, modules=()):
-    """Peak memory of one call of each peer, in a process of its own.
-
-    Args:
-        case: `Case`.
-        chosen: List of `Peer`.
-        variants: List of strings.
-        device: String.
-        modules: Names of the modules that registered further peers.
-
-    Returns:
-        A dict from `(peer, variant)` to a dict with the keys "peak_mib", all that the process held
-        (on an accelerator: allocated), and "rise_mib", what the call added, its compilation
-        included.
-
-    Raises:
-        RuntimeError: If a process fails.
-    """
-    found = {}
-    for peer in chosen:
-        for variant in variants:
-            request = {
-                "case": dataclasses.asdict(case),
-                "peer": peer.name,
-                "variant": variant,
-                "device": device,
-                "modules": list(modules),
-            }
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.run", "--memory-of", json.dumps(request)],
-                cwd=ROOT,
-                env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(
-                    f"measuring the memory of {peer.name} ({variant}) failed:\n{done.stderr}"
-                )
-            found[peer.name, variant] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def answer_memory(request):
-    """What `--memory-of` prints: the memory of one call, as JSON."""
-    load_peers(request["modules"])
-    case = Case(**request["case"])
-    peer = peers.PEERS[case.level, request["peer"]]
-    with on_device(request["device"]) as device:
-        return json.dumps(memory_of_one_call(case, peer, request["variant"], device))
-
-
-# --- report
-
-
-def environment(device):
-    """Where and with what the figures were measured."""
-    framework = frameworks.active()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "device": framework.device_name(device),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "keras_rwr": keras_rwr.__version__,
-        "keras": keras.__version__,
-        framework.name: framework.version(),
-        "numpy": np.__version__,
-    }
-
-
-def git_commit():
-    """The checkout's commit, with a note if files differ from it; "unknown" outside of git."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(ROOT), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    except FileNotFoundError:
-        return "unknown"
-    if commit is None:
-        return "unknown"
-    return f"{commit} with changes" if changes else commit
-
-
-def table(rows):
-    """Rows as text in columns."""
-
-    def number(value, digits):
-        return "" if value is None else f"{value:.{digits}f}"
-
-    lines = [("tokens", "peer", "variant", "ms", "quartiles", "ratio", "peak MiB", "rise MiB")]
-    for row in rows:
-        spread = ""
-        if row.get("low_ms") is not None:
-            spread = f"{row['low_ms']:.2f} to {row['high_ms']:.2f}"
-        lines.append(
-            (
-                str(row["tokens"]),
-                row["peer"],
-                row["variant"],
-                number(row.get("median_ms"), 2),
-                spread,
-                number(row.get("ratio"), 2),
-                number(row.get("peak_mib"), 0),
-                number(row.get("rise_mib"), 0),
-            )
-        )
-    return align(lines, left=(1, 2))
-
-
-def align(lines, left):
-    """Lines of texts as columns, those with the numbers `left` to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if index in left else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def write(report, folder, columns=COLUMNS):
-    """Writes a report as JSON and its results as CSV.
-
-    Args:
-        report: Dict, what `benchmark` returns.
-        folder: Path. Files of the same name are replaced.
-        columns: Names of the CSV's columns.
-
-    Returns:
-        The two paths.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"{report['name']}.json", folder / f"{report['name']}.csv"
-    paths[0].write_text(json.dumps(report, indent=2) + "\n")
-    with paths[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(report["results"])
-    return paths
-
-
-# --- the whole
 
 
 def benchmark(
@@ -356,6 +40,7 @@ def benchmark(
     repeat=10,
     baseline="keras",
     modules=(),
+    on_case=None,
 ):
     """Checks and measures peers on cases that differ in length only.
 
@@ -368,10 +53,11 @@ def benchmark(
         repeat: Int >= 1. Turns of timing.
         baseline: String, the peer that ratios refer to.
         modules: Names of modules to import, which register further peers.
+        on_case: `None`, or function of the report so far, called after each case.
 
     Returns:
-        A dict with the keys "name", "environment", "options", "peers", "refused", "parity" and
-        "results", fit for JSON.
+        A dict with the keys "name", "environment", "options", "baseline", "peers", "refused",
+        "parity" and "results", fit for JSON.
 
     Raises:
         ParityError: If a peer does not compute what it should.
@@ -392,6 +78,7 @@ def benchmark(
             "name": f"{cases[0].level}-{framework.name}-{device}-{cases[0].dtype}",
             "environment": environment(device),
             "options": cases[0].options,
+            "baseline": baseline,
             "peers": {peer.name: peer.description for peer in chosen},
             "refused": refused,
             "parity": check_parity(cases[0], chosen, variants),
@@ -405,18 +92,20 @@ def benchmark(
                 memory = measure_memory(case, chosen, variants, device, modules)
             fields = dataclasses.asdict(case)
             del fields["options"]
-            for key in times | memory:
+            for peer, variant in itertools.product(chosen, variants):
                 report["results"].append(
                     {
                         "backend": framework.name,
                         "device": device,
                         **fields,
-                        "peer": key[0],
-                        "variant": key[1],
-                        **times.get(key, {}),
-                        **memory.get(key, {}),
+                        "peer": peer.name,
+                        "variant": variant,
+                        **times.get((peer.name, variant), {}),
+                        **memory.get((peer.name, variant), {}),
                     }
                 )
+            if on_case is not None:
+                on_case(report)
     return report
 
 
@@ -432,8 +121,17 @@ def on_device(device):
             yield device
 
 
+def answer_memory(request):
+    """What `--memory-of` prints: the memory of one call, as JSON."""
+    load_peers(request["modules"])
+    case = Case(**request["case"])
+    peer = peers.PEERS[case.level, request["peer"]]
+    with on_device(request["device"]) as device:
+        return json.dumps(memory_of_one_call(case, peer, request["variant"], device))
+
+
 def load_peers(modules):
-    for module in modules:
+    for module in ("benchmarks.torch_peers", *modules):
         importlib.import_module(module)
 
 
@@ -522,6 +220,7 @@ def main(arguments=None):
             repeat=parsed.repeat,
             baseline=parsed.baseline,
             modules=parsed.modules,
+            on_case=None if parsed.out is None else lambda report: write(report, parsed.out),
         )
     except (ParityError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

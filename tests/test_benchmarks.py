@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from benchmarks import frameworks, peers, run
+from benchmarks import frameworks, measure, parity, peers, run
 from benchmarks.cases import Case, make_inputs
+from benchmarks.report import ROOT, table, write
 
 OPTIONS = {"window": 8, "topk": 8, "neighbor_block": 4}
 FLAGS = ["--heads", "2", "--head-size", "8", "--option", "window=8", "topk=8", "neighbor_block=4"]
@@ -65,13 +66,13 @@ def test_a_run_is_checked_timed_and_written(tmp_path, variants):
     assert {"device", "commit", "keras", "keras_rwr"} <= set(report["environment"])
     assert report["refused"].keys() == {"rwr-triton", "rwr-pallas", "rwr-xla"}
 
-    written, rows = run.write(report, tmp_path / "new" / "folder")
+    written, rows = write(report, tmp_path / "new" / "folder")
     assert json.loads(written.read_text())["results"] == report["results"]
     with rows.open() as file:
         read = list(csv.DictReader(file))
     assert [row["peer"] for row in read] == ["keras", "rwr-portable"] * 2
     assert float(read[1]["ratio"]) == report["results"][1]["ratio"]
-    assert len(run.table(report["results"]).splitlines()) == 5
+    assert len(table(report["results"]).splitlines()) == 5
 
 
 @pytest.mark.parametrize("level", ["layer", "op"])
@@ -80,10 +81,10 @@ def test_gradients_take_part(level, variants):
     names = {"layer": 1 + 8, "op": 3}[level]
     for name, count in (("keras", names), ("rwr-portable", names + 1)):
         found = peers.PEERS[level, name]
-        tensors = run.results(case, found, variants[0])
+        tensors = parity.results(case, found, variants[0])
         assert len(tensors) == 1 + count
         assert all(np.abs(x).max() > 0 for x in tensors[:4])
-        (check,) = run.check_parity(case, [found], variants)
+        (check,) = parity.check_parity(case, [found], variants)
         assert check["error"] <= check["tolerance"]
 
 
@@ -98,10 +99,10 @@ def test_gradients_take_part(level, variants):
     ids=["values", "not a number", "shape", "gradient alone"],
 )
 def test_a_wrong_peer_is_not_measured(change, gradients, peer, variants, monkeypatch):
-    monkeypatch.setattr(run, "measure_times", lambda *args: pytest.fail("timed a wrong peer"))
+    monkeypatch.setattr(run, "measure_times", lambda *_: pytest.fail("timed a wrong peer"))
     peer(build=changed(change))
     case = tiny(level="op", gradients=gradients)
-    with pytest.raises(run.ParityError, match=r"must agree .* made-up \(\w+\) is off by"):
+    with pytest.raises(parity.ParityError, match=r"must agree .* made-up \(\w+\) is off by"):
         run.benchmark([case], names=["keras", "made-up"], variants=variants, measure=("time",))
 
 
@@ -132,11 +133,11 @@ def test_peers_of_another_module_take_part(tmp_path, monkeypatch, capsys, varian
 
 def test_the_peer_of_the_readme(monkeypatch, variants):
     monkeypatch.setattr(peers, "PEERS", dict(peers.PEERS))
-    text = (run.ROOT / "benchmarks" / "README.md").read_text()
+    text = (ROOT / "benchmarks" / "README.md").read_text()
     exec(text.partition("```python\n")[2].partition("```")[0], {})
     found = peers.PEERS["op", "torch-sdpa"]
     if keras.backend.backend() == "torch":
-        (check,) = run.check_parity(tiny(level="op", gradients=True), [found], variants)
+        (check,) = parity.check_parity(tiny(level="op", gradients=True), [found], variants)
         assert check["error"] <= check["tolerance"]
     else:
         assert peers.refusal(found, tiny(level="op"), "cpu") == "it needs the torch backend"
@@ -144,10 +145,31 @@ def test_the_peer_of_the_readme(monkeypatch, variants):
 
 def test_memory_is_that_of_a_process_of_its_own(variants):
     held = np.ones(2**25)  # 256 MiB here do not count there
-    found = run.measure_memory(tiny(), [peers.PEERS["layer", "rwr-portable"]], variants, "cpu")
+    found = measure.measure_memory(tiny(), [peers.PEERS["layer", "rwr-portable"]], variants, "cpu")
     (memory,) = found.values()
     assert held.all()
     assert 0 < memory["rise_mib"] < memory["peak_mib"]
+
+
+def test_memory_where_the_peak_can_be_reset(peer, variants, monkeypatch):
+    framework = type(frameworks.active())
+    peaks = iter([2**20, 3 * 2**20])
+    resets = []
+    monkeypatch.setattr(framework, "resets_peak", True)
+    monkeypatch.setattr(framework, "reset_peak", lambda self: resets.append(1))
+    monkeypatch.setattr(framework, "device_peak", lambda self: next(peaks))
+    monkeypatch.setattr(framework, "out_of_memory", (MemoryError,))
+
+    def run_out(case, inputs):
+        raise MemoryError
+
+    chosen = [peers.PEERS["op", "keras"], peer(build=run_out)]
+    found = measure.measure_memory(tiny(level="op"), chosen, variants, "gpu")
+    assert found == {
+        ("keras", variants[0]): {"peak_mib": 3.0, "rise_mib": 2.0},
+        ("made-up", variants[0]): {"failure": "out of memory"},
+    }
+    assert len(resets) == 1
 
 
 def test_memory_of_this_process():
@@ -161,8 +183,8 @@ def test_memory_of_this_process():
 
 def test_half_precision(variants):
     case = tiny(level="op", dtype="bfloat16")
-    checks = run.check_parity(case, [peers.PEERS["op", "rwr-portable"]], variants)
-    assert checks[0]["error"] <= checks[0]["tolerance"] == run.TOLERANCES["bfloat16"]
+    checks = parity.check_parity(case, [peers.PEERS["op", "rwr-portable"]], variants)
+    assert checks[0]["error"] <= checks[0]["tolerance"] == parity.TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +204,7 @@ def test_a_name_is_taken_once(peer):
     peer()
     with pytest.raises(ValueError, match="`name` must be unique"):
         peer()
-    with pytest.raises(ValueError, match="`definition` must be one of rwr, dense"):
+    with pytest.raises(ValueError, match="`definition` must be one of rwr, dense, tiles"):
         peer(level="layer", definition="sparse")
 
 
@@ -193,23 +215,64 @@ def test_a_peer_of_another_backend_is_refused(peer):
 
 
 def test_ratios_are_of_the_same_turn():
-    summary = run.summarize([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+    summary = measure.summarize([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
     assert summary["ratio"] == 2.0
     assert summary["median_ms"] == 4000.0
     assert (summary["low_ms"], summary["high_ms"]) == (3000.0, 17000.0)
-    assert run.summarize([2.0], None)["ratio"] is None
+    assert measure.summarize([2.0], None)["ratio"] is None
 
 
 def test_errors_are_relative_to_each_tensor():
     right = [np.array([10.0, 0.0]), np.array([1.0])]
-    assert run.largest_error([right[0] + 0.1, right[1]], right) == pytest.approx(0.01)
-    assert run.largest_error([right[0], right[1] + 0.1], right) == pytest.approx(0.1)
-    assert math.isnan(run.largest_error([right[0] * math.nan, right[1]], right))
-    assert run.largest_error(right[:1], right) == math.inf
+    assert parity.largest_error([right[0] + 0.1, right[1]], right) == pytest.approx(0.01)
+    assert parity.largest_error([right[0], right[1] + 0.1], right) == pytest.approx(0.1)
+    assert math.isnan(parity.largest_error([right[0] * math.nan, right[1]], right))
+    assert parity.largest_error(right[:1], right) == math.inf
+
+
+def test_a_gradient_that_cancels_is_measured_by_the_others():
+    right = [np.array([1.0]), np.array([1e-4])]
+    wrong = [right[0], right[1] + 1e-3]
+    assert parity.largest_error(wrong, right) == pytest.approx(0.1)
+    assert parity.largest_error(wrong, right, "bfloat16") == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("level", ["layer", "op"])
+def test_the_stock_gpt2s_attention(level, variants):
+    for dtype in ("float32", "bfloat16"):
+        case = tiny(level=level, gradients=True, dtype=dtype)
+        (check,) = parity.check_parity(case, [peers.PEERS[level, "keras-gpt2"]], variants)
+        assert check["error"] <= check["tolerance"]
+        assert (check["level"], check["gradients"]) == (level, True)
+    layer = peers.GPT2Attention(num_heads=2, key_dim=8)
+    assert layer.dropout > 0  # what keeps Keras from its fused attention
+
+
+def test_a_peer_without_memory_is_reported_and_the_rest_measured(peer, variants, monkeypatch):
+    def run_out(case, inputs):
+        raise MemoryError
+
+    monkeypatch.setattr(type(frameworks.active()), "out_of_memory", (MemoryError,))
+    chosen = [peers.PEERS["op", "keras"], peer(build=run_out)]
+    case = tiny(level="op")
+    times = measure.measure_times(case, chosen, variants, 1, "made-up")
+    assert times["made-up", variants[0]] == {"failure": "out of memory"}
+    assert times["keras", variants[0]]["ratio"] is None
+    assert times["keras", variants[0]]["median_ms"] > 0
+    rows = [{"tokens": 37, "peer": key[0], "variant": key[1], **x} for key, x in times.items()]
+    assert "out of memory" in table(rows)
+
+    def fail(case, inputs):
+        raise ZeroDivisionError
+
+    chosen[1] = dataclasses.replace(chosen[1], build=fail)
+    with pytest.raises(ZeroDivisionError):
+        measure.measure_times(case, chosen, variants, 1, "keras")
 
 
 def test_the_check_is_on_tokens_outside_the_window():
     assert tiny().small().tokens == 29
+    assert tiny(batch=64).small().batch == 2
     assert Case(tokens=4096).small().tokens == 389
 
 
