@@ -116,9 +116,10 @@ def rwr_attention(
     bias = None
     if discoverability is not None:
         bias = _key_bias(key, discoverability, padding_mask)
-    head_size, value_size = query.shape[-1], value.shape[-1]
     inputs = (
-        *map(_aligned, (query, key, value)),
+        query,
+        key,
+        value,
         bias,
         _per_head(concentration, heads, device),
         _per_head(lens_strength, heads, device),
@@ -127,7 +128,6 @@ def rwr_attention(
         _seed_words(seed, device) if config.dropout > 0.0 and seed is not None else None,
     )
     options = (
-        head_size**-0.5,
         config.alpha,
         config.steps,
         config.neighbor_block,
@@ -141,7 +141,7 @@ def rwr_attention(
         config.block_size,
         config.head_dim_pad,
     )
-    return operators.rwr_attention(inputs, options)[..., :value_size].to(dtype)
+    return operators.rwr_attention(inputs, options).to(dtype)
 
 
 def _same_dtype(first, *others):
@@ -150,12 +150,6 @@ def _same_dtype(first, *others):
     if torch.is_autocast_enabled(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(x.to(dtype) for x in (first, *others))
-
-
-def _aligned(x):
-    """Rows of half precision that begin at multiples of 16 bytes, filled up with zeros."""
-    missing = 0 if x.dtype == torch.float32 else -x.shape[-1] % 8
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _as_bool(mask):

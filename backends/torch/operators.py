@@ -16,9 +16,9 @@ _INPUTS = (
 )
 # The fields of `plan.Options`.
 _OPTIONS = (
-    "float logit_scale, float alpha, int steps, int neighbor_block, int window, float? cut, "
-    "bool exponential, bool reversible, float reciprocal_beta, bool causal, float dropout, "
-    "int? block_size, int? head_dim_pad"
+    "float alpha, int steps, int neighbor_block, int window, float? cut, bool exponential, "
+    "bool reversible, float reciprocal_beta, bool causal, float dropout, int? block_size, "
+    "int? head_dim_pad"
 )
 _INPUT_COUNT = 9
 

@@ -16,7 +16,6 @@ _NO_CUT = -2.0
 class Options(NamedTuple):
     """The options of a call that are not tensors; see `keras_rwr.RWRConfig`."""
 
-    logit_scale: float  # of LOCAL, 1 / sqrt(H)
     alpha: float
     steps: int
     neighbor_block: int
@@ -132,15 +131,13 @@ class Plan:
         self.value_size = value.shape[-1]
         self.batch_heads = self.batch * self.heads
         self.dtype = query.dtype
-        # Narrower tiles lost products in half precision on an H200 with Triton 3.6.
-        least = 16 if self.dtype == torch.float32 else 64
-        self.head = max(least, padded(self.head_size, options.head_dim_pad))
-        self.values = max(least, padded(self.value_size, options.head_dim_pad))
+        self.head = padded(self.head_size, options.head_dim_pad)
+        self.values = padded(self.value_size, options.head_dim_pad)
         self.walked = 2 * self.value_size + 1 if options.reciprocal else self.value_size
         self.width = options.neighbor_block
         self.blocks = ceil_div(self.size, self.width)
         self.slots = 1 if inputs.neighbors is None else inputs.neighbors.shape[-1]
-        self.logit_scale = options.logit_scale * math.log2(math.e)
+        self.logit_scale = self.head_size**-0.5 * math.log2(math.e)
         self.keep_walking = 1.0 - options.alpha
         self.rows = _SINGLE_PRECISION_ROWS if self.dtype == torch.float32 else _ROWS
         if options.block_size is not None:
@@ -175,6 +172,10 @@ class Plan:
         tile = _SINGLE_PRECISION_TILE
         if self.dtype != torch.float32:
             tile = _TILES[kernel, min(max(self.head, self.values, 64), 256)]
+        if self.edges["PADDED"]:
+            # There, loads decide which others are made. Triton 3.6 prefetches such a load into the
+            # place of the one before, which other warps may not have read yet.
+            tile = tile._replace(stages=1)
         return tile._replace(columns=min(tile.columns, self.rows))
 
     def listing(self, kernel):
@@ -183,7 +184,8 @@ class Plan:
         if self.dtype != torch.float32 and self.width <= 16:
             head = max(self.head, self.values, 64)
             entries, warps = _LISTS.get((kernel, head), _OTHER_LIST)
-        return {"ENTRIES": entries, "num_warps": warps}
+        # Entries say where to load from: what `tile` says of padding holds for several warps.
+        return {"ENTRIES": entries, "num_warps": warps, "num_stages": 3 if warps == 1 else 1}
 
     def band(self, both):
         """Sizes of what is stored for each pair of the band, for one or both directions."""
