@@ -21,6 +21,10 @@ from keras_rwr.config import RWRConfig
 # Twice the rounding of a stored result, 2^-11 and 2^-8: what is left where the eager computation
 # happens to be exact. Float32's is that of `helpers.TOLERANCES`.
 FLOORS = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+# Where rows have one local edge, softmax is constant and the transition nearly so: of the query's
+# gradient little but roundings is left, divided by small degrees. Autograd subtracts equal numbers
+# there, formulas that keep rows' sums (delta) subtract two roundings of one number.
+CANCELLING = 16.0
 HALF_INPUTS = ("query", "key", "value", "cotangent")
 
 
@@ -73,13 +77,14 @@ def run_kernels(case, inputs, dtype):
     return output, dict(zip(tensors, found, strict=True)), neighbors
 
 
-def limits(formula, dtype):
+def limits(formula, dtype, cancelling=False):
     """The float64 results, and the errors that the rule allows.
 
     Args:
         formula: Function of a torch dtype that gives a dict from name to NumPy array, with the
             results as computed in that dtype.
         dtype: The dtype of the kernels.
+        cancelling: Bool. Whether rows have one local edge. Defaults to `False`.
 
     Returns:
         Dict from name to the exact array, and dict from name to the allowed norm-wise and largest
@@ -105,6 +110,8 @@ def limits(formula, dtype):
     for name, found in eager.items():
         # One number a head, left over from terms that cancel: its error is a matter of luck.
         floor = FLOORS[dtype] * (8.0 if name in SUMMED else 1.0)
+        if cancelling and name == "query":
+            floor *= CANCELLING
         allowed[name] = tuple(2.0 * error + floor for error in found)
     return truth, allowed
 
@@ -140,4 +147,5 @@ def assert_as_exact_as_eager(case, dtype):
         )
         return {"output": output, **gradients}
 
-    assert_within({"output": output, **gradients}, *limits(formula, dtype))
+    one_edge = case.oracle_options.window == 0 or inputs.query.shape[1] == 1
+    assert_within({"output": output, **gradients}, *limits(formula, dtype, one_edge))

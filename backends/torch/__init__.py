@@ -1,9 +1,10 @@
 """RWR attention in Triton, for torch on NVIDIA and AMD GPUs.
 
 Forward and backward pass are kernels of their own, in memory linear in the number of tokens: see
-`walk_kernels` and `gradient_kernels` for the formulas, `launch` for their order, `operators` for
-how torch sees them. The sources of the ideas: online softmax and the backward pass of LOCAL are
-FlashAttention's (Dao et al., https://arxiv.org/abs/2205.14135).
+`band_kernels`, `list_kernels` and `band_gradient_kernels` for the formulas, `forward` and
+`backward` for their order, `operators` for how torch sees them. The sources of the ideas: online
+softmax and the backward pass of LOCAL are FlashAttention's (Dao et al.,
+https://arxiv.org/abs/2205.14135).
 """
 
 import importlib.util

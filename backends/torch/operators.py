@@ -88,24 +88,26 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(*arguments):
-    from keras_rwr.backends.torch import launch
+    from keras_rwr.backends.torch import forward
 
     inputs, keep, options = _split(arguments)
     with _on_device_of(inputs[0]):
-        launcher = launch.Launcher(plan.Inputs(*map(_rows, inputs)), plan.Options(*options))
-        saved = launcher.forward(keep)
+        saved = forward.forward(plan.Inputs(*map(_rows, inputs)), plan.Options(*options), keep)
     return tuple(_nothing(inputs[0]) if x is None else x for x in saved)
 
 
 def _backward(*arguments):
-    from keras_rwr.backends.torch import launch
+    from keras_rwr.backends.torch import backward
 
     inputs = arguments[:_INPUT_COUNT]
     saved, cotangent, *options = arguments[_INPUT_COUNT:]
     with _on_device_of(inputs[0]):
-        launcher = launch.Launcher(plan.Inputs(*map(_rows, inputs)), plan.Options(*options))
-        saved = plan.Saved(*[x if x.numel() else None for x in saved])
-        gradients = launcher.backward(saved, _rows(cotangent.to(inputs[0].dtype)))
+        gradients = backward.backward(
+            plan.Inputs(*map(_rows, inputs)),
+            plan.Options(*options),
+            plan.Saved(*[x if x.numel() else None for x in saved]),
+            _rows(cotangent.to(inputs[0].dtype)),
+        )
     return tuple(_nothing(inputs[0]) if x is None else x for x in gradients)
 
 

@@ -9,8 +9,8 @@ _compiled: dict = {}
 def run(kernel, grid, *arguments, **constants):
     """Launches a kernel, by a short way if it was compiled for such arguments before.
 
-    Triton's own way looks at each argument and makes text of all, which takes longer than many of
-    these kernels run.
+    Triton's own way looks at each argument, makes text of all, and asks the driver about each
+    pointer, which takes longer than many of these kernels run.
 
     Args:
         kernel: Function of `triton.jit`.
@@ -21,9 +21,13 @@ def run(kernel, grid, *arguments, **constants):
     if not torch.version.cuda or not arguments[0].is_cuda:
         kernel[grid](*arguments, enable_fp_fusion=True, **constants)
         return
-    # What Triton compiles for anew, and more.
-    kinds = [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments]
     device = torch.cuda.current_device()
+    numbers = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+    # What Triton compiles for anew, and more.
+    kinds = [
+        x if x is number else (x.dtype, number % 16)
+        for x, number in zip(arguments, numbers, strict=True)
+    ]
     key = (kernel, device, *constants.values(), *kinds)
     known = _compiled.get(key)
     if known is None:
@@ -33,7 +37,8 @@ def run(kernel, grid, *arguments, **constants):
         _compiled[key] = compiled, tuple(constants[name] for name in names)
         return
     compiled, in_order = known
-    if triton.knobs.runtime.launch_enter_hook is not None:  # somebody watches launches
+    hook = triton.knobs.runtime.launch_enter_hook
+    if getattr(hook, "calls", hook):  # somebody watches launches
         compiled[(*grid, 1, 1)[:3]](*arguments, *in_order)
         return
     # As `compiled[grid]` does, without its questions.
@@ -45,6 +50,6 @@ def run(kernel, grid, *arguments, **constants):
         None,
         None,
         None,
-        *arguments,
+        *numbers,
         *in_order,
     )

@@ -7,22 +7,23 @@ import torch
 import triton
 
 from keras_rwr.backends.torch import selection_kernels as kernels
+from keras_rwr.backends.torch.plan import LEAST_FEATURES
 from keras_rwr.backends.torch.run import run
 
 _LARGEST_INT = 2**31 - 1
 # Numbers in a tile of keys that a program averages at once.
-_AVERAGED = 8192
+_AVERAGED = 16384
 # Entries that a program labels with their lists.
 _LABELED = 1024
 # Queries in a tile that compares the members of groups.
 _MEMBER_ROWS = 32
 # Tiles of `select_two` by the padded head size, for few and for many blocks.
-_FEW_BLOCKS = 1024
+_FEW_BLOCKS = 2048
 _TILES = {
     (64, False): {"ROWS": 128, "LANES": 32, "GROUP": 1, "STAGES": 3, "num_warps": 4},
-    (64, True): {"ROWS": 128, "LANES": 32, "GROUP": 4, "STAGES": 2, "num_warps": 8},
+    (64, True): {"ROWS": 128, "LANES": 32, "GROUP": 2, "STAGES": 3, "num_warps": 4},
     (128, False): {"ROWS": 128, "LANES": 32, "GROUP": 1, "STAGES": 3, "num_warps": 4},
-    (128, True): {"ROWS": 128, "LANES": 32, "GROUP": 4, "STAGES": 2, "num_warps": 8},
+    (128, True): {"ROWS": 128, "LANES": 32, "GROUP": 2, "STAGES": 3, "num_warps": 8},
     (256, False): {"ROWS": 64, "LANES": 32, "GROUP": 1, "STAGES": 2, "num_warps": 4},
     (256, True): {"ROWS": 64, "LANES": 32, "GROUP": 2, "STAGES": 2, "num_warps": 4},
 }
@@ -48,7 +49,10 @@ def select_neighbors(query, key, padding_mask, slots, block, window, causal, blo
     """
     batch, size, heads, head_size = query.shape
     blocks = triton.cdiv(size, block)
-    tile = _tile(query.dtype, _padded(head_size), blocks, slots)
+    head = _padded(head_size)
+    if query.dtype != torch.float32:
+        head = max(head, LEAST_FEATURES)
+    tile = _tile(query.dtype, head, blocks, slots)
     if block_size is not None:
         tile["ROWS"] = min(max(triton.next_power_of_2(block_size), 16), tile["ROWS"])
     means, first, last = average_blocks(key, padding_mask, block)
@@ -73,7 +77,7 @@ def select_neighbors(query, key, padding_mask, slots, block, window, causal, blo
             SLOTS=slots,
             WIDTH=block,
             CAUSAL=causal,
-            HEAD=_padded(head_size),
+            HEAD=head,
             HEAD_SIZE=head_size,
             **tile,
         )
@@ -179,7 +183,7 @@ def _tile(dtype, head, blocks, slots):
     """Tile sizes and warps; without a GROUP those of `select_all`."""
     if dtype == torch.float32:
         return {"ROWS": 32, "LANES": 32, "PART": min(head, 32), "num_warps": 4}
-    tile = dict(_TILES[max(64, head), blocks > _FEW_BLOCKS])
+    tile = dict(_TILES[head, blocks > _FEW_BLOCKS])
     if slots <= 2 and blocks <= kernels.STEPS.value * tile["GROUP"] * tile["LANES"]:
         return tile
     return {"ROWS": 64, "LANES": 32, "PART": min(head, 128), "num_warps": 4}

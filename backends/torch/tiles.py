@@ -52,16 +52,18 @@ def store_rows(
 
 
 @triton.jit
-def load_transposed_band(
-    band_ptr, tile, columns, ROWS: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr
+def locate_in_band(
+    band_ptr, head, size, rows, columns, WINDOW: tl.constexpr, BREADTH: tl.constexpr
 ):
-    """Some columns of a tile of a head's band, as rows."""
-    lanes = columns - tile * ROWS + WINDOW
-    stored = (lanes >= 0) & (lanes < SPAN)
-    pointers = (
-        tl.cast(tile, tl.int64) * ROWS * SPAN + tl.arange(0, ROWS)[None, :] * SPAN + lanes[:, None]
-    )
-    return tl.load(band_ptr + pointers, mask=stored[:, None], other=0.0)
+    """Where a head's band holds the pairs of rows and columns, and which of them it holds.
+
+    It holds BREADTH columns of each row, from `row // 8 * 8 - WINDOW` on, so that eight rows begin
+    at the same column: pieces of eight columns are held as a whole or not at all. One of `rows` and
+    `columns` is a column, the other a row.
+    """
+    lanes = columns - (rows // 8 * 8 - (WINDOW + 7) // 8 * 8)
+    pointers = band_ptr + head.to(tl.int64) * size * BREADTH + rows.to(tl.int64) * BREADTH + lanes
+    return pointers, (lanes >= 0) & (lanes < BREADTH) & (rows < size)
 
 
 @triton.jit

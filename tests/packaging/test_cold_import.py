@@ -11,7 +11,7 @@ import keras
 
 def is_kernel(name):
     if name.startswith("keras_rwr.backends."):  # what registers kernels may be there
-        return name.endswith(("_kernels", ".launch", ".selection"))
+        return name.endswith(("_kernels", ".launch", ".selection", ".forward", ".backward"))
     return (name + ".").startswith(
         ("triton.", "jax.experimental.pallas.", "keras_hub.", "keras_nlp.")
     )
