@@ -24,6 +24,7 @@ Letters: see `plan` and `lists`.
 import tensorflow as tf
 
 from keras_rwr.backends.tensorflow.band import dot, transposed
+from keras_rwr.backends.tensorflow.plan import sizes
 
 _ISOLATED = 1e-6
 
@@ -45,7 +46,6 @@ def walk(query, key, value, bias, concentration, real, band, lists):
         Tensor of shape `(G, S, F)`, differentiable in the first five.
     """
     options = band.options
-    keep_walking = 1.0 - options.alpha
 
     @tf.custom_gradient
     def run(query, key, value, bias, concentration):
@@ -54,17 +54,10 @@ def walk(query, key, value, bias, concentration, real, band, lists):
         if options.reciprocal:
             inverse = edges.inverse_stationary()  # 1 / π, (G, S, 1)
             start = tf.concat([value, value * inverse, inverse], -1)
-        states = [start]
-        for _ in range(options.steps):
-            states.append(start + keep_walking * edges.step(states[-1]))
+        states = walk_forward(edges, start)  # (T + 1, G, S, F)
 
         def gradient(upstream):
-            to_start, along, scaled = upstream, 0.0, []
-            for state in reversed(states[1:]):
-                along += tf.reduce_sum(upstream * (state - start), -1, keepdims=True)
-                scaled.append(keep_walking * edges.share * upstream)
-                upstream = edges.step_back(scaled[-1], keep_walking * upstream)
-                to_start += upstream
+            to_start, along, factors = walk_backward(edges, states, upstream)
             to_value, to_stationary = to_start, tf.zeros_like(bias)
             if options.reciprocal:
                 features = value.shape[-1]
@@ -73,15 +66,59 @@ def walk(query, key, value, bias, concentration, real, band, lists):
                 to_value += inverse * relative
                 to_stationary = -inverse * back  # dlog π
             slope = edges.share * (along - to_stationary)
-            # The states that the factors meet, last first, side by side: (G, S, T F).
-            met = tf.concat(states[-2::-1], -1)
-            found = edges.gradients(tf.concat(scaled, -1), met, slope)
+            found = edges.gradients(side_by_side(factors), side_by_side(states[:-1]), slope)
             to_query, to_key, to_bias, to_concentration = found
             return to_query, to_key, to_value, to_bias + to_stationary, to_concentration
 
         return states[-1], gradient
 
     return run(query, key, value, bias, concentration)
+
+
+def walk_forward(edges, start):
+    """The states Z⁽⁰⁾ to Z⁽ᵀ⁾ from Z⁽⁰⁾: `(G, S, F)` to `(T + 1, G, S, F)`.
+
+    A loop, here and backward, because XLA would fuse a step with those before it, and do them anew.
+    """
+    steps, keep_walking = edges.options.steps, 1.0 - edges.options.alpha
+
+    def step(m, state, states):
+        state = start + keep_walking * edges.step(state)
+        return m + 1, state, states.write(m + 1, state)
+
+    states = tf.TensorArray(start.dtype, steps + 1, element_shape=start.shape).write(0, start)
+    loop = (0, start, states)
+    _, _, states = tf.while_loop(lambda m, *_: m < steps, step, loop, maximum_iterations=steps)
+    return states.stack()
+
+
+def walk_backward(edges, states, upstream):
+    """The adjoint walk from the gradient of the last state, `(G, S, F)`.
+
+    Returns:
+        dZ⁽⁰⁾ of shape `(G, S, F)`; δ of shape `(G, S, 1)`; the factors (1 - α) G⁽ᵐ⁾ / D of m = 1 to
+        T, of shape `(T, G, S, F)`.
+    """
+    steps, keep_walking = edges.options.steps, 1.0 - edges.options.alpha
+    start = states[0]
+
+    def step(m, upstream, to_start, along, factors):
+        along += tf.reduce_sum(upstream * (states[m] - start), -1, keepdims=True)
+        factor = keep_walking * edges.share * upstream
+        upstream = edges.step_back(factor, keep_walking * upstream)
+        return m - 1, upstream, to_start + upstream, along, factors.write(m - 1, factor)
+
+    factors = tf.TensorArray(start.dtype, steps, element_shape=start.shape)
+    loop = (steps, upstream, upstream, tf.zeros_like(edges.share), factors)
+    loop = tf.while_loop(lambda m, *_: m > 0, step, loop, maximum_iterations=steps)
+    _, _, to_start, along, factors = loop
+    return to_start, along, factors.stack()
+
+
+def side_by_side(x):
+    """`(T, G, S, F)` to `(G, S, T F)`."""
+    steps, groups, size, features = sizes(x)
+    return tf.reshape(tf.transpose(x, (1, 2, 0, 3)), (groups, size, steps * features))
 
 
 class Edges:
@@ -93,6 +130,8 @@ class Edges:
         share: Tensor `(G, S, 1)`, 1 / D, and 0 for isolated tokens.
         local: Dict by slot of tensors `(G, C, M, M)`, A.
         far: `None` or tensor `(T, R, b)`, h f of the far edges.
+        forth: Tensor `(T, R, b)`, A of the far edges from query to key.
+        back: Tensor `(T, R, b)`, A of the far edges from key to query, in a mutual graph.
     """
 
     def __init__(self, query, key, bias, concentration, real, band, lists):
@@ -114,9 +153,11 @@ class Edges:
         if lists is not None:
             self.outside = lists.outside(self.options.window, self.options.causal)
             self.far = self.weigh(lists.dot(query, key), self.outside, self.sharpness_of_lists())
+            self.forth = self.far * tf.linalg.matrix_transpose(lists.by_block(self.gain))
             sums = tf.reduce_sum(self.forth, -1, keepdims=True)
             degree += lists.sum_by_query(sums)
             if self.options.mutual:
+                self.back = self.far * lists.by_entry(self.gain)
                 sums = tf.reduce_sum(self.back, -2)[..., None]
                 degree += lists.sum_by_key(sums)
         isolated = degree <= (0.0 if self.options.exponential else _ISOLATED)
@@ -167,16 +208,6 @@ class Edges:
     def sharpness_of_lists(self):
         """κ by tile, `(T, 1, 1)`."""
         return tf.gather(self.concentration, self.lists.tile_block // self.lists.blocks)
-
-    @property
-    def forth(self):
-        """A of the far edges from query to key, `(T, R, b)`."""
-        return self.far * tf.linalg.matrix_transpose(self.lists.by_block(self.gain))
-
-    @property
-    def back(self):
-        """A of the far edges from key to query, `(T, R, b)`."""
-        return self.far * self.lists.by_entry(self.gain)
 
     # --- products
 
