@@ -182,7 +182,7 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
     layers = None
     if ablation.STEPS[step].options is not None:
         probe, _ = as_batch(validation[:PROBE_SEQUENCES])
-        layers = walk_statistics(backbone, probe["token_ids"], probe["padding_mask"])
+        layers = walk_statistics(backbone, probe)
     seconds = sum(row["timed_seconds"] for row in log.rows)
     timed_tokens = sum(row["timed_tokens"] for row in log.rows)
     last = log.rows[-1]

@@ -1,5 +1,6 @@
 """What the graphs and walks of a model look like, measured on a few sequences."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -8,13 +9,14 @@ from keras import ops
 from keras_rwr import graph as graphs
 from keras_rwr import reference
 from keras_rwr.layer import RWRAttention
-from keras_rwr.tensors import key_bias
+from keras_rwr.masks import merge_masks
+from keras_rwr.tensors import key_bias, prepare
 
 
-def walk_statistics(backbone, token_ids, padding_mask=None):
-    """Measures the graph and the walk of each RWR attention layer of a GPT-2 backbone.
+def walk_statistics(model, inputs):
+    """Measures the graph and the walk of each `RWRAttention` that a call of a model passes.
 
-    Every number is a mean over the real (not padding) tokens of all sequences and all heads:
+    Numbers are means over the real (not padding) tokens of all sequences and all heads:
 
     - `degree`: the weighted degree `D_i = sum_j S_ij g_j` of a token that is not isolated (0 if
       all are). Exponential edges weigh at most 1, as cosine ones do.
@@ -24,64 +26,101 @@ def walk_statistics(backbone, token_ids, padding_mask=None):
     - `entropy`: `-sum_j p_ij log p_ij` with `p_ij = r_ij / sum_j r_ij`, in nats. A token that
       visits m tokens equally often has log m.
     - `isolated`: the share of tokens without weight, whose walk stays at home.
+    - `hit_rate`: of the `topk` keys beyond the window on which full attention, the softmax of
+      `q_i k_j / sqrt(H)` over all keys, would put most weight, the share that the token links to.
+      Over tokens with at least `topk` keys there; 0 if there is none.
+    - `attention_on_edges`: the share of that attention's weight that lies on the token's edges.
+    - `lens_strength`: gamma, over the heads.
+    - `concentration`: kappa, over the heads; for exponential edges only.
 
     Here r is the walk that the layer uses: the reciprocal mix when it is reversible. Matrices are
-    dense, so keep `token_ids` to a few short sequences.
+    dense, so keep `inputs` to a few short sequences.
 
     Args:
-        backbone: A `keras_rwr.models.RWRGPT2Backbone`, or a backbone of the same structure.
-        token_ids: Int tensor of shape `(B, S)`.
-        padding_mask: `None` or tensor of shape `(B, S)`, true at real tokens.
+        model: A built Keras model or layer: a GPT-2 backbone or task, a classifier, any other.
+        inputs: What `model` is called with, such as a dict of `"token_ids"` and `"padding_mask"`.
 
     Returns:
-        A list with one dict a layer, from the name of a statistic to a float.
+        A list with one dict for each call of an `RWRAttention`, in their order, from the name of a
+        statistic to a float.
 
     Raises:
-        ValueError: If a layer's attention is not `RWRAttention`, or no token is real.
+        ValueError: If the call passes no `RWRAttention`, or a layer sees no real token.
     """
-    token_ids = ops.convert_to_tensor(token_ids, dtype="int32")
-    if padding_mask is None:
-        padding_mask = ops.ones_like(token_ids)
-    padding_mask = ops.convert_to_tensor(padding_mask, dtype="int32")
-    if not bool(ops.any(padding_mask != 0)):
+    with record_calls(model) as calls:
+        model(inputs, training=False)
+    if not calls:
         raise ValueError(
-            "`padding_mask` must mark a real token. "
-            f"Received: padding_mask of shape {tuple(padding_mask.shape)} without one"
+            f"`model` must call an RWRAttention. Received: model={type(model).__name__} without one"
         )
-    tokens = backbone.token_embedding(token_ids)
-    x = backbone.embeddings_add((tokens, backbone.position_embedding(tokens)))  # (B, S, D)
-    statistics = []
-    for layer in backbone.transformer_layers:
-        attention = layer._self_attention_layer
-        if not isinstance(attention, RWRAttention):
-            raise ValueError(
-                "`backbone` must have RWR attention in each layer. "
-                f"Received: {type(attention).__name__} in layer '{layer.name}'"
-            )
-        hidden = layer._self_attention_layer_norm(x)
-        statistics.append(attention_statistics(attention, hidden, padding_mask, is_causal=True))
-        x = layer(x, decoder_padding_mask=padding_mask, training=False)
-    return statistics
+    return [attention_statistics(*call) for call in calls]
+
+
+@contextlib.contextmanager
+def record_calls(model):
+    """Notes the calls of a model's `RWRAttention` layers.
+
+    Args:
+        model: Keras layer or model.
+
+    Yields:
+        A list that fills with tuples of a layer, its query input `(B, S, dim)`, its padding mask
+        `(B, S)` or `None`, and whether it was causal.
+    """
+    calls = []
+
+    def recording(layer):
+        call = layer.call
+
+        def record(query, value, *args, use_causal_mask=False, **options):
+            masks = {name: x for name, x in options.items() if name.endswith("_mask")}
+            mask = merge_masks(query, **masks)
+            calls.append((layer, query, mask, bool(use_causal_mask)))
+            return call(query, value, *args, use_causal_mask=use_causal_mask, **options)
+
+        return record
+
+    layers = [x for x in model._flatten_layers() if isinstance(x, RWRAttention)]
+    for layer in layers:
+        vars(layer)["call"] = recording(layer)
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del vars(layer)["call"]
 
 
 def attention_statistics(attention, inputs, padding_mask, is_causal):
-    """The statistics of one layer; see `walk_statistics`.
+    """The statistics of one call of a layer; see `walk_statistics`.
 
     Args:
         attention: A built `RWRAttention`.
         inputs: Tensor of shape `(B, S, dim)`, what the layer is called with.
-        padding_mask: Tensor of shape `(B, S)`, true at real tokens.
+        padding_mask: `None` or tensor of shape `(B, S)`, true at real tokens.
         is_causal: Bool. Whether the layer is called with a causal mask.
 
     Returns:
         A dict from the name of a statistic to a float.
     """
+    if padding_mask is None:
+        padding_mask = ops.ones(ops.shape(inputs)[:2], "bool")
+    real = ops.convert_to_numpy(padding_mask).astype(bool)
+    if not real.any():
+        raise ValueError(
+            "`inputs` must have a real token. "
+            f"Received: a padding mask of shape {real.shape} without one"
+        )
     config = dataclasses.replace(attention.rwr_config, is_causal=is_causal, dropout=0.0)
     query = ops.cast(attention._query_dense(inputs), "float32")  # (B, S, N, H)
     key = ops.cast(attention._key_dense(inputs), "float32")  # (B, S, N, H)
-    concentration = attention.concentration
-    if concentration is None:
-        concentration = 20.0  # cosine edges have no use for it
+    options = attention.get_config()
+    concentration, lens = (
+        options[name] if variable is None else ops.convert_to_numpy(variable)
+        for name, variable in (
+            ("concentration", attention.concentration),
+            ("lens_strength", attention.lens_strength),
+        )
+    )
     graph = graphs.build_sparse_w(
         query,
         key,
@@ -97,19 +136,80 @@ def attention_statistics(attention, inputs, padding_mask, is_causal):
     if config.reversible:
         graph = graphs.reversible(graph)
     weights = ops.convert_to_numpy(graph.to_dense())  # (B, N, S, S), S_ij
-    bias = gain = None
+    bias = None
     if attention.discoverability is not None:
         bias = key_bias(key, attention.discoverability)  # (B, S, N)
         gain = np.exp(np.swapaxes(ops.convert_to_numpy(bias), 1, 2))  # (B, N, S), g_j
         weights = weights * gain[:, :, None, :]
     graph = graphs.normalize_to_p(graph, bias)
     walk = reference.walk_matrix(query, key, config, concentration=concentration, graph=graph)
-    return matrix_statistics(
-        weights,
-        ops.convert_to_numpy(walk),
-        ops.convert_to_numpy(padding_mask).astype(bool),
-        config,
-    )
+    found = {
+        **matrix_statistics(weights, ops.convert_to_numpy(walk), real, config),
+        **attention_hits(weights, full_attention(query, key, real, is_causal), real, config),
+        "lens_strength": float(np.mean(lens)),
+    }
+    if config.edge_weight == "exponential":
+        found["concentration"] = float(np.mean(concentration))
+    return found
+
+
+def full_attention(query, key, real, is_causal):
+    """`softmax_j(q_i k_j / sqrt(H))` over all keys.
+
+    Args:
+        query: Tensor of shape `(B, S, N, H)`.
+        key: Tensor of shape `(B, S, N, H)`.
+        real: Bool array of shape `(B, S)`, true at real tokens.
+        is_causal: Bool. Whether later keys are left out.
+
+    Returns:
+        Float array of shape `(B, N, S, S)`; zeros in a row without a key.
+    """
+    query, key, _ = prepare(query, key, None)  # (B, N, S, H)
+    logits = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) / query.shape[-1] ** 0.5
+    logits = ops.convert_to_numpy(logits).astype("float64")
+    seen = np.broadcast_to(real[:, None, None, :], logits.shape)
+    if is_causal:
+        seen = np.tril(seen)
+    logits = np.where(seen, logits, -np.inf)
+    highest = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - np.where(np.isfinite(highest), highest, 0.0))
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total > 0, total, 1.0)
+
+
+def attention_hits(weights, attention, real, config):
+    """How well edges meet the keys that full attention looks at; see `walk_statistics`.
+
+    Args:
+        weights: Array of shape `(B, N, S, S)`, above 0 on edges.
+        attention: Array of shape `(B, N, S, S)`, full attention's weights, 0 where it cannot look.
+        real: Bool array of shape `(B, S)`, true at real tokens.
+        config: `RWRConfig`.
+
+    Returns:
+        A dict with `hit_rate` and `attention_on_edges`.
+    """
+    linked = weights > 0
+    rows = np.broadcast_to(real[:, None, :], linked.shape[:-1])
+    far = np.where(outside(linked.shape[-1], config), attention, 0.0)
+    hits = 0.0
+    if config.topk > 0:
+        count = min(config.topk, far.shape[-1])
+        top = np.argpartition(-far, count - 1, axis=-1)[..., :count]
+        enough = np.logical_and(rows, (far > 0).sum(-1) >= config.topk)
+        found = np.take_along_axis(linked, top, axis=-1).mean(-1)
+        hits = float(found[enough].mean()) if enough.any() else 0.0
+    return {
+        "hit_rate": hits,
+        "attention_on_edges": float((attention * linked).sum(-1)[rows].mean()),
+    }
+
+
+def outside(size, config):
+    """Bool array of shape `(S, S)`: pairs further apart than the window."""
+    positions = np.arange(size)
+    return np.abs(positions[:, None] - positions[None, :]) > config.window
 
 
 def matrix_statistics(weights, walk, real, config):
@@ -124,8 +224,6 @@ def matrix_statistics(weights, walk, real, config):
     Returns:
         A dict from the name of a statistic to a float.
     """
-    positions = np.arange(weights.shape[-1])
-    outside = np.abs(positions[:, None] - positions[None, :]) > config.window
     degree = weights.sum(-1, dtype="float64")  # (B, N, S)
     rows = np.broadcast_to(real[:, None, :], degree.shape)
     isolated = degree <= (1e-6 if config.edge_weight == "cosine" else 0.0)
@@ -136,7 +234,7 @@ def matrix_statistics(weights, walk, real, config):
     return {
         "degree": float(degree[linked].mean()) if linked.any() else 0.0,
         "edges": float((weights > 0).sum(-1)[rows].mean()),
-        "outside_window": float((shares * outside).sum(-1)[rows].mean()),
+        "outside_window": float((shares * outside(weights.shape[-1], config)).sum(-1)[rows].mean()),
         "entropy": float(entropy[rows].mean()),
         "isolated": float(isolated[rows].mean()),
     }
