@@ -53,7 +53,49 @@ def walk_statistics(model, inputs):
         raise ValueError(
             f"`model` must call an RWRAttention. Received: model={type(model).__name__} without one"
         )
-    return [attention_statistics(*call) for call in calls]
+    return [attention_statistics(call) for call in calls]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedCall:
+    """One call of an `RWRAttention`.
+
+    Attributes:
+        layer: The `RWRAttention`.
+        inputs: Tensor of shape `(B, S, dim)`, its query input.
+        padding_mask: Tensor of shape `(B, S)`, true at real tokens.
+        is_causal: Bool. Whether it was called with a causal mask.
+    """
+
+    layer: RWRAttention
+    inputs: object
+    padding_mask: object
+    is_causal: bool
+
+    @property
+    def config(self):
+        """`RWRConfig` of the call, without dropout."""
+        return dataclasses.replace(
+            self.layer.rwr_config, is_causal=self.is_causal, dropout=0.0, block_size=None
+        )
+
+    def query_and_key(self):
+        """The projections, float32 tensors of shape `(B, S, N, H)`."""
+        layer = self.layer
+        projected = layer._query_dense(self.inputs), layer._key_dense(self.inputs)
+        return tuple(ops.cast(x, "float32") for x in projected)
+
+    def weights(self):
+        """A dict of `concentration`, `lens_strength` and `discoverability` as the layer has them.
+
+        The first two are numbers or arrays of shape `(N,)`, the last `None` or a tensor.
+        """
+        options = self.layer.get_config()
+        found = {"discoverability": self.layer.discoverability}
+        for name in ("concentration", "lens_strength"):
+            variable = getattr(self.layer, name)
+            found[name] = options[name] if variable is None else ops.convert_to_numpy(variable)
+        return found
 
 
 @contextlib.contextmanager
@@ -64,8 +106,15 @@ def record_calls(model):
         model: Keras layer or model.
 
     Yields:
-        A list that fills with tuples of a layer, its query input `(B, S, dim)`, its padding mask
-        `(B, S)` or `None`, and whether it was causal.
+        A list that fills with a `RecordedCall` for each.
+
+    Example:
+
+    ```python
+    with record_calls(model) as calls:
+        model(inputs, training=False)
+    query, key = calls[-1].query_and_key()  # of the last layer
+    ```
     """
     calls = []
 
@@ -73,9 +122,10 @@ def record_calls(model):
         call = layer.call
 
         def record(query, value, *args, use_causal_mask=False, **options):
-            masks = {name: x for name, x in options.items() if name.endswith("_mask")}
-            mask = merge_masks(query, **masks)
-            calls.append((layer, query, mask, bool(use_causal_mask)))
+            mask = merge_masks(query, **{k: x for k, x in options.items() if k.endswith("_mask")})
+            if mask is None:
+                mask = ops.ones(ops.shape(query)[:2], "bool")
+            calls.append(RecordedCall(layer, query, mask, bool(use_causal_mask)))
             return call(query, value, *args, use_causal_mask=use_causal_mask, **options)
 
         return record
@@ -90,37 +140,16 @@ def record_calls(model):
             del vars(layer)["call"]
 
 
-def attention_statistics(attention, inputs, padding_mask, is_causal):
-    """The statistics of one call of a layer; see `walk_statistics`.
-
-    Args:
-        attention: A built `RWRAttention`.
-        inputs: Tensor of shape `(B, S, dim)`, what the layer is called with.
-        padding_mask: `None` or tensor of shape `(B, S)`, true at real tokens.
-        is_causal: Bool. Whether the layer is called with a causal mask.
-
-    Returns:
-        A dict from the name of a statistic to a float.
-    """
-    if padding_mask is None:
-        padding_mask = ops.ones(ops.shape(inputs)[:2], "bool")
-    real = ops.convert_to_numpy(padding_mask).astype(bool)
+def attention_statistics(call):
+    """The statistics of a `RecordedCall`, a dict of floats; see `walk_statistics`."""
+    real = ops.convert_to_numpy(call.padding_mask).astype(bool)
     if not real.any():
         raise ValueError(
             "`inputs` must have a real token. "
             f"Received: a padding mask of shape {real.shape} without one"
         )
-    config = dataclasses.replace(attention.rwr_config, is_causal=is_causal, dropout=0.0)
-    query = ops.cast(attention._query_dense(inputs), "float32")  # (B, S, N, H)
-    key = ops.cast(attention._key_dense(inputs), "float32")  # (B, S, N, H)
-    options = attention.get_config()
-    concentration, lens = (
-        options[name] if variable is None else ops.convert_to_numpy(variable)
-        for name, variable in (
-            ("concentration", attention.concentration),
-            ("lens_strength", attention.lens_strength),
-        )
-    )
+    config, own = call.config, call.weights()
+    query, key = call.query_and_key()
     graph = graphs.build_sparse_w(
         query,
         key,
@@ -129,27 +158,29 @@ def attention_statistics(attention, inputs, padding_mask, is_causal):
         neighbor_block=config.neighbor_block,
         threshold=config.threshold,
         edge_weight=config.edge_weight,
-        concentration=concentration,
-        is_causal=is_causal,
-        padding_mask=padding_mask,
+        concentration=own["concentration"],
+        is_causal=call.is_causal,
+        padding_mask=call.padding_mask,
     )
     if config.reversible:
         graph = graphs.reversible(graph)
     weights = ops.convert_to_numpy(graph.to_dense())  # (B, N, S, S), S_ij
     bias = None
-    if attention.discoverability is not None:
-        bias = key_bias(key, attention.discoverability)  # (B, S, N)
+    if own["discoverability"] is not None:
+        bias = key_bias(key, own["discoverability"])  # (B, S, N)
         gain = np.exp(np.swapaxes(ops.convert_to_numpy(bias), 1, 2))  # (B, N, S), g_j
         weights = weights * gain[:, :, None, :]
     graph = graphs.normalize_to_p(graph, bias)
-    walk = reference.walk_matrix(query, key, config, concentration=concentration, graph=graph)
+    walk = reference.walk_matrix(
+        query, key, config, concentration=own["concentration"], graph=graph
+    )  # (B, N, S, S)
     found = {
         **matrix_statistics(weights, ops.convert_to_numpy(walk), real, config),
-        **attention_hits(weights, full_attention(query, key, real, is_causal), real, config),
-        "lens_strength": float(np.mean(lens)),
+        **attention_hits(weights, full_attention(query, key, real, call.is_causal), real, config),
+        "lens_strength": float(np.mean(own["lens_strength"])),
     }
     if config.edge_weight == "exponential":
-        found["concentration"] = float(np.mean(concentration))
+        found["concentration"] = float(np.mean(own["concentration"]))
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import re
 import shutil
 import socket
 import sys
@@ -229,3 +230,56 @@ def test_without_a_network(main, capsys, tmp_path, monkeypatch, preset, error):
 
 def fail_to_connect(*args, **kwargs):
     raise OSError("no network")
+
+
+# --- the picture of a trained model --------------------------------------------------------------
+
+
+@pytest.fixture
+def saliency(main):
+    return import_module("saliency")
+
+
+def test_a_picture_of_what_a_token_attends_to(finished, saliency, tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("the cat sat on a mat. " * 3)
+    picture = tmp_path / "saliency.png"
+    saliency.main([str(finished / "model"), "--text", str(text), "--out", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+
+
+def test_the_parts_of_a_tokens_attention(finished, saliency):
+    backbone = RWRGPT2CausalLM.from_preset(str(finished / "model")).backbone
+    token_ids = list(np.random.default_rng(1).integers(0, backbone.vocabulary_size, 30))
+    found = saliency.explain_token(backbone, token_ids, layer=0, head=1, token=20)
+    window, mass = TINY["rwr-window"], 1.0 - 0.8**2
+    local, walk = found["LOCAL"], found["walk"]
+    assert local.sum() == pytest.approx(1.0, abs=1e-5)
+    assert local[20 - window : 21].min() > 0
+    assert not local[: 20 - window].any() and not local[21:].any()
+    assert walk.sum() == pytest.approx(mass, abs=1e-5)
+    assert walk[: 20 - window].any() and not walk[21:].any()
+    np.testing.assert_allclose(found["LOCAL + gamma * walk"], local + 0.3 * walk, atol=1e-6)
+    assert found["importance"].sum() == pytest.approx(mass, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (["--token", "99"], r"`token` must be in \[-\d+, \d+\). Received: token=99"),
+        (["--head", "-3"], r"`head` must be in \[-2, 2\). Received: head=-3"),
+        (["--text", "missing.txt"], "Received: text=missing.txt"),
+    ],
+)
+def test_pictures_of_what_is_not_there(finished, saliency, capsys, change, rule):
+    arguments = [str(finished / "model"), "--text", "the cat sat", *change]
+    with pytest.raises(SystemExit):
+        saliency.main(arguments)
+    assert re.search(rule, capsys.readouterr().err)
+
+
+def test_pictures_need_a_model_with_rwr_attention(finished, saliency, capsys, tmp_path):
+    for preset, rule in ((tmp_path / "none", "be a folder"), (finished / "preset", "a GPT2Backb")):
+        with pytest.raises(SystemExit):
+            saliency.main([str(preset), "--text", "the cat sat"])
+        assert rule in capsys.readouterr().err
