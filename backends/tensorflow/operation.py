@@ -4,6 +4,7 @@ import functools
 import os
 
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_rwr.backends.tensorflow.band import Band
 from keras_rwr.backends.tensorflow.dropout import row_hashes
@@ -18,9 +19,22 @@ IS_COMPILED = os.environ.get("KERAS_RWR_XLA") != "0"
 _SMALLEST_NORM = 1e-6
 
 
-@functools.cache
 def attention(options):
-    """The function of tensors that attends with some `Options`; it compiles anew for new shapes."""
+    """The function of tensors that attends with some `Options`.
+
+    Where XLA compiles the caller, that is the bare function: a compiled function inside another has
+    its gradient in a third, and constants that go from one to the other take all of their
+    neighbours along, so that XLA would compile with the query's numbers as constants.
+    """
+    attend = compiled_attention(options)
+    if IS_COMPILED and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        return attend.python_function
+    return attend
+
+
+@functools.cache
+def compiled_attention(options):
+    """`attention` as XLA compiles it, anew for new shapes only."""
 
     @tf.function(jit_compile=IS_COMPILED, autograph=False)
     def attend(
