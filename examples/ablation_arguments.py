@@ -32,6 +32,14 @@ DEFAULTS = {
     "seed": 0,
     "rwr_window": 32,
 }
+# What `finetune_gpt2.py` has no flags for.
+ABLATION_DEFAULTS = {
+    **DEFAULTS,
+    "validation_dataset": None,
+    "vocabulary": None,
+    "dtype": "float32",
+}
+DTYPES = ("float32", "mixed_bfloat16", "mixed_float16")
 INTEGERS = {  # name: smallest value, help
     "layers": (1, "transformer layers"),
     "width": (1, "hidden size, a multiple of --heads"),
@@ -60,6 +68,7 @@ RWR_INTEGERS = {
 }
 RWR_REALS = {
     "alpha": "restart probability",
+    "concentration": "initial sharpness of exponential edges",
     "reciprocal_beta": "forward share of the reciprocal mix",
     "lens_strength": "weight of the walk",
 }
@@ -74,7 +83,7 @@ def make_parser():
     )
 
     run = parser.add_argument_group("what to run")
-    add = functools.partial(add_flag, DEFAULTS)
+    add = functools.partial(add_flag, ABLATION_DEFAULTS)
     names = "; ".join(f"{step.name}: {step.description}" for step in STEPS.values())
     add(run, "ablation_step", f"one or more steps, or all. {names} (default: all)", nargs="+")
     add(
@@ -84,6 +93,9 @@ def make_parser():
         action=argparse.BooleanOptionalAction,
     )
     add(run, "dataset", CHOICES)
+    add(run, "validation_dataset", "a text file or folder (default: 5 %% held out of --dataset)")
+    add(run, "vocabulary", "folder with GPT-2's vocab.json and merges.txt (default: a trained one)")
+    add(run, "dtype", "Keras's dtype policy of the model", choices=DTYPES)
     add(run, "run_dir", "new folder for the results (default: runs/<date and time>)")
     for name, text in (
         ("resume", "continue the run in --run-dir; flags not given are the run's"),
@@ -97,7 +109,7 @@ def make_parser():
 
 def add_flag(defaults, group, name, text, **options):
     """Adds one flag; its help says its default."""
-    if name in defaults:
+    if defaults.get(name) is not None:
         text += f" (default: {defaults[name]})"
     group.add_argument(flag(name), help=text, **options)
 
@@ -115,6 +127,7 @@ def add_rwr_flags(parser, defaults):
     for name, text in (
         ("rwr_reversible", "symmetrise the graph"),
         ("rwr_use_discoverability", "train how easily each token is found"),
+        ("rwr_trainable_lens", "train the weight of the walk"),
     ):
         add(rwr, name, text, action=argparse.BooleanOptionalAction)
 

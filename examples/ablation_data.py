@@ -23,7 +23,7 @@ class UsageError(ValueError):
     """A bad argument, reported without a traceback."""
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, name: str = "dataset") -> str:
     """Text of one UTF-8 file, plain or compressed (.gz, .xz)."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
@@ -31,11 +31,11 @@ def read_text(path: Path) -> str:
             return file.read()
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UsageError(
-            f"`dataset` must be a readable text file ({error}). Received: dataset={path}"
+            f"`{name}` must be a readable text file ({error}). Received: {name}={path}"
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"`dataset` must be UTF-8 text ({error}). Received: dataset={path}"
+            f"`{name}` must be UTF-8 text ({error}). Received: {name}={path}"
         ) from error
 
 
@@ -44,22 +44,22 @@ def split_documents(text: str) -> list[str]:
     return [document for document in text.split(END_OF_TEXT) if document.strip()]
 
 
-def read_path(path: Path) -> list[str]:
+def read_path(path: Path, name: str = "dataset") -> list[str]:
     """Documents of a text file, or of every text file in a folder, by name."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in SUFFIXES)
         if not files:
             raise UsageError(
-                f"`dataset` must be a folder that holds {', '.join(SUFFIXES)} files. "
-                f"Received: dataset={path}"
+                f"`{name}` must be a folder that holds {', '.join(SUFFIXES)} files. "
+                f"Received: {name}={path}"
             )
     elif path.exists():
         files = [path]
     else:
-        raise UsageError(f"`dataset` must be {CHOICES}; nothing is there. Received: dataset={path}")
-    documents = [document for file in files for document in split_documents(read_text(file))]
+        raise UsageError(f"`{name}` must be {CHOICES}; nothing is there. Received: {name}={path}")
+    documents = [document for file in files for document in split_documents(read_text(file, name))]
     if not documents:
-        raise UsageError(f"`dataset` must hold text; it is empty. Received: dataset={path}")
+        raise UsageError(f"`{name}` must hold text; it is empty. Received: {name}={path}")
     return documents
 
 
@@ -107,13 +107,23 @@ def stream_finewebedu(characters: int) -> list[str]:
     return documents
 
 
-def load_documents(dataset: str, tokens: int) -> tuple[list[str], list[str]]:
+def load_documents(
+    dataset: str, tokens: int, validation_dataset: str | None = None
+) -> tuple[list[str], list[str]]:
     """Training and validation documents.
 
     Args:
         dataset: str. `"embedded"`, a path, or `"finewebedu"`.
         tokens: int. How many tokens the run reads; only a stream is cut to it.
+        validation_dataset: None, or str: a path. Nothing is held out then.
     """
+    if validation_dataset is not None:
+        validation = read_path(Path(validation_dataset), "validation_dataset")
+        if dataset == "embedded":
+            return read_path(EMBEDDED / "train.txt.xz"), validation
+        if dataset == "finewebedu":
+            return stream_finewebedu(tokens * CHARACTERS_PER_TOKEN), validation
+        return read_path(Path(dataset)), validation
     if dataset == "embedded":
         return read_path(EMBEDDED / "train.txt.xz"), read_path(EMBEDDED / "validation.txt.xz")
     if dataset == "finewebedu":
@@ -131,6 +141,24 @@ def train_vocabulary(documents: Iterable[str], size: int) -> tuple[dict[str, int
     )
     model = json.loads(trainer.to_str())["model"]
     return model["vocab"], [" ".join(pair) for pair in model["merges"]]
+
+
+def read_vocabulary(folder: str) -> tuple[dict[str, int], list[str]]:
+    """GPT-2's vocabulary and merges from `vocab.json` and `merges.txt` in a folder."""
+    try:
+        vocabulary = json.loads((Path(folder) / "vocab.json").read_text("utf-8"))
+        lines = (Path(folder) / "merges.txt").read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"`vocabulary` must be a folder with vocab.json and merges.txt ({error}). "
+            f"Received: vocabulary={folder}"
+        ) from error
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    if END_OF_TEXT not in vocabulary:
+        raise UsageError(
+            f"`vocabulary` must have the token {END_OF_TEXT}. Received: vocabulary={folder}"
+        )
+    return vocabulary, merges
 
 
 def encode(documents: list[str], tokenizer) -> np.ndarray:
@@ -154,17 +182,14 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     os.replace(temporary, path)
 
 
-def prepare_tokens(
-    folder: Path, dataset: str, vocabulary_size: int, train_tokens: int, validation_tokens: int
-) -> dict[str, np.ndarray]:
+def prepare_tokens(folder: Path, arguments: dict, train_tokens: int) -> dict[str, np.ndarray]:
     """Token arrays `training` and `validation`, made once and kept in `folder`.
 
     Args:
         folder: path. Receives `vocabulary.json`, `merges.txt` and `tokens.npz`.
-        dataset: str. See `load_documents`.
-        vocabulary_size: int. Entries of the byte-pair vocabulary.
+        arguments: dict. The run's, with `dataset`, `validation_dataset`, `vocabulary`,
+            `vocabulary_size` and `validation_tokens`.
         train_tokens: int. How many training tokens the run reads.
-        validation_tokens: int. How many validation tokens are kept.
     """
     path = folder / "tokens.npz"
     if path.exists():
@@ -174,14 +199,18 @@ def prepare_tokens(
     from keras_hub.tokenizers import GPT2Tokenizer
 
     # a stream must fill VALIDATION_SHARE of itself with validation tokens
+    dataset, validation_tokens = arguments["dataset"], arguments["validation_tokens"]
     needed = max(train_tokens, math.ceil(validation_tokens / VALIDATION_SHARE))
-    training, validation = load_documents(dataset, needed)
-    vocabulary, merges = train_vocabulary(training, vocabulary_size)
-    if not merges:
-        raise UsageError(
-            "`dataset` must hold enough text for a byte-pair vocabulary. "
-            f"Received: dataset={dataset} with {sum(map(len, training))} training characters"
-        )
+    training, validation = load_documents(dataset, needed, arguments["validation_dataset"])
+    if arguments["vocabulary"] is not None:
+        vocabulary, merges = read_vocabulary(arguments["vocabulary"])
+    else:
+        vocabulary, merges = train_vocabulary(training, arguments["vocabulary_size"])
+        if not merges:
+            raise UsageError(
+                "`dataset` must hold enough text for a byte-pair vocabulary. "
+                f"Received: dataset={dataset} with {sum(map(len, training))} training characters"
+            )
     tokenizer = GPT2Tokenizer(vocabulary=vocabulary, merges=merges)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "vocabulary.json", vocabulary)

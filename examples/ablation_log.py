@@ -132,6 +132,28 @@ def read_losses(path):
         ]
 
 
+def peak_device_memory_mb():
+    """Most memory of an accelerator that this process has held at once, in MiB; None without one.
+
+    On torch and jax that of their allocators, which keep more from the driver.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    if backend == "jax":
+        import jax
+
+        statistics = jax.devices()[0].memory_stats()
+        return None if statistics is None else statistics["peak_bytes_in_use"] / 2**20
+    import tensorflow as tf
+
+    if not tf.config.list_logical_devices("GPU"):
+        return None
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20
+
+
 def peak_memory_mb():
     """Highest resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")

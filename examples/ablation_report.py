@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 
 from ablation_data import write_json
@@ -24,6 +25,7 @@ COLUMNS = (
     ("difference_percent", "perplexity against R0, %", "+.2f"),
     ("tokens_per_second", "training tokens/s", ",.0f"),
     ("peak_memory_mb", "peak memory, MiB", ",.0f"),
+    ("device_memory_mb", "peak memory of the accelerator, MiB", ",.0f"),
     ("degree", "degree", ".3g"),
     ("edges", "edges a token", ".1f"),
     ("outside_window", "walk outside window", ".3f"),
@@ -35,7 +37,7 @@ LEGEND = """\
   is its exponential.
 - Training tokens/s: without evaluations and without the first step of a process, which compiles.
 - Peak memory: highest resident memory of the step's own process, interpreter, framework and
-  compiler included.
+  compiler included; on an accelerator, the most that the framework's allocator held.
 - Graph statistics, after training, on {probes} validation sequences, mean over layers, heads and
   tokens: degree is the sum of a token's edge weights; edges a token counts those above 0; walk
   outside window is the share of the walk's mass on tokens further away than the window; walk
@@ -90,7 +92,7 @@ def configuration(config, results):
 
 
 def write_report(run_dir, config, results, losses, probes):
-    """Writes `table.md`, `table.csv`, `table.json` and `curves.png`.
+    """Writes `table.md`, `table.csv`, `table.json`, `curves.png` and `positions.png`.
 
     Args:
         run_dir: path. The run folder.
@@ -115,6 +117,7 @@ def write_report(run_dir, config, results, losses, probes):
     merged = [{**result, **row} for result, row in zip(results, rows, strict=True)]
     write_json(run_dir / "table.json", merged)
     replace_file(run_dir / "curves.png", draw_curves(losses, config))
+    replace_file(run_dir / "positions.png", draw_positions(results, config))
     return table
 
 
@@ -143,6 +146,39 @@ def draw_curves(losses, config):
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("cross-entropy, nats a token")
     panels[1].legend()
+    return finish(figure, config)
+
+
+def draw_positions(results, config):
+    """PNG of the validation perplexity by position in the context."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for result in results:
+        color, dashes, marker = STYLES[result["step"]]
+        parts = result["losses_by_position"]
+        panel.plot(
+            [part["first"] for part in parts],
+            [math.exp(part["loss"]) for part in parts],
+            color=color,
+            linestyle=dashes,
+            marker=marker,
+            markersize=4,
+            label=result["step"],
+        )
+    panel.set_yscale("log")
+    panel.set_xlabel("position in the context, tokens")
+    panel.set_ylabel("validation perplexity")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend()
+    return finish(figure, config)
+
+
+def finish(figure, config):
+    """The picture's title, and its PNG."""
     arguments = config["arguments"]
     figure.suptitle(
         f"GPT-2, {arguments['layers']} layers, width {arguments['width']}, "

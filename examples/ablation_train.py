@@ -16,11 +16,12 @@ from ablation_data import (
     write_arrays,
     write_json,
 )
-from ablation_log import RunLog, peak_memory_mb
+from ablation_log import RunLog, peak_device_memory_mb, peak_memory_mb
 
 from keras_rwr import ablation
 from keras_rwr.statistics import walk_statistics
 
+POSITION_BINS = 32  # parts of the context whose losses are told apart
 PROBE_SEQUENCES = 4  # of the validation text, for the graph statistics
 # what AdamW's weight decay leaves alone: biases, layer norms, a head's own few numbers
 NO_DECAY = ["bias", "gamma", "beta", "concentration", "lens_strength", "discoverability"]
@@ -54,6 +55,7 @@ def build_backbone(step, arguments, overrides=None):
         intermediate_dim=4 * arguments["width"],
         dropout=arguments["dropout"],
         max_sequence_length=arguments["context"],
+        dtype=arguments["dtype"],
     )
 
 
@@ -61,13 +63,8 @@ def prepare(run_dir, arguments):
     """Makes what all steps share: vocabulary, tokens and the initial weights of R0."""
     folder = run_dir / "data"
     folder.mkdir(exist_ok=True)
-    tokens = prepare_tokens(
-        folder,
-        arguments["dataset"],
-        arguments["vocabulary_size"],
-        arguments["training_steps"] * arguments["batch_size"] * arguments["context"],
-        arguments["validation_tokens"],
-    )
+    train_tokens = arguments["training_steps"] * arguments["batch_size"] * arguments["context"]
+    tokens = prepare_tokens(folder, arguments, train_tokens)
     for name, values in tokens.items():
         cut_blocks(values, arguments["context"], name)
     if not (folder / "initial.npz").exists():
@@ -179,6 +176,7 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
         verbose=verbosity() if verbose == "auto" else verbose,
     )
 
+    positions = losses_by_position(model, validation, batch_size)
     layers = None
     if ablation.STEPS[step].options is not None:
         probe, _ = as_batch(validation[:PROBE_SEQUENCES])
@@ -197,6 +195,8 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
         "tokens_per_second": timed_tokens / seconds if timed_tokens else None,
         "peak_memory_mb": max(row["peak_memory_mb"] for row in log.rows),
         "memory_before_training_mb": memory_before,
+        "device_memory_mb": peak_device_memory_mb(),
+        "losses_by_position": positions,
         "statistics": None if layers is None else mean_statistics(layers),
         "statistics_by_layer": layers,
     }
@@ -206,6 +206,46 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
     os.replace(temporary, weights)
     write_json(folder / "result.json", result)
     return result
+
+
+class PositionLoss(keras.metrics.Metric):
+    """Mean cross-entropy at each position of the context, in nats."""
+
+    def __init__(self, context):
+        super().__init__(name="position_loss")
+        self.total = self.add_weight(name="total", shape=(context,), initializer="zeros")
+        self.count = self.add_weight(name="count", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        y_pred = keras.ops.cast(y_pred, "float32")
+        losses = keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+        self.total.assign_add(keras.ops.sum(losses, axis=0))
+        self.count.assign_add(keras.ops.cast(keras.ops.shape(losses)[0], "float32"))
+
+    def result(self):
+        return self.total / keras.ops.maximum(self.count, 1.0)
+
+
+def losses_by_position(model, validation, batch_size):
+    """Mean loss of the validation sequences in `POSITION_BINS` equal parts of the context.
+
+    Returns:
+        A list of dicts of `first`, the first position of a part, and its `loss`.
+    """
+    context = validation.shape[1] - 1
+    evaluated = keras.Model(model.input, model.output)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    evaluated.compile(loss=loss, metrics=[PositionLoss(context)])
+    found = evaluated.evaluate(
+        *as_batch(validation), batch_size=batch_size, verbose=0, return_dict=True
+    )
+    losses = np.asarray(found["position_loss"], dtype="float64")
+    starts = np.unique(np.linspace(0, context, POSITION_BINS, endpoint=False).astype(int))
+    parts = np.split(losses, starts[1:])
+    return [
+        {"first": int(first), "loss": float(part.mean())}
+        for first, part in zip(starts, parts, strict=True)
+    ]
 
 
 def mean_statistics(layers):

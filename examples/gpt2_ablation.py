@@ -6,8 +6,8 @@
 
 Every step starts from the same initial weights and reads the same data in the same order, in a
 process of its own. The run folder receives the losses (`R0/losses.csv`, ...), checkpoints, the
-table (`table.md`, `.csv`, `.json`), the curves (`curves.png`) and the configuration
-(`config.json`).
+table (`table.md`, `.csv`, `.json`), the curves (`curves.png`), perplexity by position
+(`positions.png`) and the configuration (`config.json`).
 """
 
 import datetime
@@ -21,8 +21,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ablation_arguments import DEFAULTS, check_numbers, choose_steps, make_overrides, make_parser
-from ablation_data import UsageError, write_json
+from ablation_arguments import (
+    ABLATION_DEFAULTS,
+    check_numbers,
+    choose_steps,
+    make_overrides,
+    make_parser,
+)
+from ablation_data import UsageError, read_vocabulary, write_json
 
 from keras_rwr.ablation import STEPS
 
@@ -38,10 +44,19 @@ def make_config(given, stored=None):
         if "ablation_step" in given or "use_rwr" in given:
             arguments["ablation_step"] = choose_steps(given)
     else:
-        arguments = {**DEFAULTS, **given, "ablation_step": choose_steps(given)}
+        arguments = {**ABLATION_DEFAULTS, **given, "ablation_step": choose_steps(given)}
     arguments.pop("use_rwr", None)
-    if arguments["dataset"] not in ("embedded", "finewebedu"):
-        arguments["dataset"] = str(Path(arguments["dataset"]).resolve())
+    for name in ("dataset", "validation_dataset", "vocabulary"):
+        if arguments[name] not in ("embedded", "finewebedu", None):
+            arguments[name] = str(Path(arguments[name]).resolve())
+    if arguments["vocabulary"] is not None:
+        size = len(read_vocabulary(arguments["vocabulary"])[0])
+        if given.get("vocabulary_size", size) != size:
+            raise UsageError(
+                "`vocabulary_size` must be left out, or that of `vocabulary`. "
+                f"Received: vocabulary_size={given['vocabulary_size']}, a vocabulary of {size}"
+            )
+        arguments["vocabulary_size"] = size
     check_numbers(arguments)
     return {
         "arguments": arguments,

@@ -36,6 +36,7 @@ TINY = {
 FILES = {
     "config.json",
     "curves.png",
+    "positions.png",
     "table.csv",
     "table.json",
     "table.md",
@@ -119,7 +120,8 @@ def finished(main, text, tmp_path_factory):
 
 def test_a_run_leaves_all_its_files(finished):
     assert set(tree(finished)) == FILES
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "positions.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_losses_are_written_at_each_evaluation(finished):
@@ -143,6 +145,10 @@ def test_table_says_what_the_issue_asks_for(finished):
     for row in table:
         assert row["perplexity"] == pytest.approx(np.exp(row["validation_loss"]))
         assert row["tokens_per_second"] > 0 and row["peak_memory_mb"] > 50
+        parts = row["losses_by_position"]
+        assert [part["first"] for part in parts] == list(range(32))  # the whole context
+        mean = np.mean([part["loss"] for part in parts])
+        assert mean == pytest.approx(row["validation_loss"], rel=1e-5)
     assert stock["difference_percent"] == 0
     ratio = walking["perplexity"] / stock["perplexity"]
     assert walking["difference_percent"] == pytest.approx(100 * (ratio - 1))
@@ -154,6 +160,39 @@ def test_table_says_what_the_issue_asks_for(finished):
     assert f"Backend {keras.backend.backend()} on" in markdown
     lines = (finished / "table.csv").read_text().splitlines()
     assert len(lines) == 3 and lines[0].startswith("step,description,parameters")
+
+
+def test_own_validation_text_vocabulary_and_dtype(main, finished, text, tmp_path):
+    """As a long run on a GPU is started, with GPT-2's vocabulary in GPT-2's files."""
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    vocabulary = json.loads((finished / "data" / "vocabulary.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = (finished / "data" / "merges.txt").read_text()
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("now something else entirely, " * 50)
+    values = {**TINY, "training-steps": 2, "warmup-steps": 0}
+    del values["vocabulary-size"]
+    options = [x for name, value in values.items() for x in (f"--{name}", str(value))]
+    options += ["--dataset", str(text), "--validation-dataset", str(held_out)]
+    options += ["--vocabulary", str(folder), "--dtype", "mixed_bfloat16"]
+    options += ["--rwr-trainable-lens", "--rwr-concentration", "7", "--ablation-step", "R4"]
+    main([*options, "--run-dir", str(tmp_path / "run")])
+
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["arguments"]["vocabulary_size"] == len(vocabulary)
+    (row,) = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert row["options"]["trainable_lens"]
+    assert row["statistics"]["concentration"] == pytest.approx(7.0, rel=0.1)
+    assert np.isfinite(row["validation_loss"])
+    with np.load(tmp_path / "run" / "data" / "tokens.npz") as stored:
+        ids = {number: word for word, number in vocabulary.items()}
+        words = "".join(ids[x] for x in stored["validation"]).replace("Ġ", " ")
+    assert words.startswith("now something else entirely, now")
+    train = import_module("ablation_train")
+    backbone = train.build_backbone("R4", config["arguments"], config["overrides"]["R4"])
+    assert backbone.compute_dtype == "bfloat16" and backbone.variable_dtype == "float32"
 
 
 def test_all_steps_start_from_the_same_weights(finished):
@@ -270,6 +309,8 @@ def refused(main, capsys, arguments):
             "`resume` needs `run_dir` and no `dry_run`. Received: resume=True, run_dir=N",
         ),
         (["--window", "8"], "unrecognized arguments: --window 8"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--vocabulary", "nowhere"], "`vocabulary` must be a folder with vocab.json and merges"),
     ],
 )
 def test_bad_arguments_are_named(main, capsys, tmp_path, monkeypatch, arguments, message):
