@@ -15,6 +15,10 @@ from keras_rwr.ops import rwr_attention
 
 BACKEND = keras.backend.backend()
 
+# What runs a call of fusion "sum" on a CPU, and what the package takes there by default.
+IMPLEMENTATIONS = ("reference", "portable", *(("xla",) if BACKEND == "tensorflow" else ()))
+DEFAULT = "xla" if BACKEND == "tensorflow" else "portable"
+
 # Norm-wise relative error and largest error as a share of the largest value, both in float32
 # against float64.
 TOLERANCES = {

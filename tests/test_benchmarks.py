@@ -8,6 +8,7 @@ import math
 import keras
 import numpy as np
 import pytest
+from helpers import IMPLEMENTATIONS
 from keras import ops
 
 from benchmarks import frameworks, measure, parity, peers, run
@@ -15,6 +16,8 @@ from benchmarks.cases import Case, make_inputs
 from benchmarks.report import ROOT, table, write
 
 OPTIONS = {"window": 8, "topk": 8, "neighbor_block": 4}
+# Our peers that run by default, fastest first.
+OURS = [f"rwr-{name}" for name in ("xla", "portable") if name in IMPLEMENTATIONS]
 FLAGS = ["--heads", "2", "--head-size", "8", "--option", "window=8", "topk=8", "neighbor_block=4"]
 
 
@@ -51,35 +54,32 @@ def changed(change):
 def test_a_run_is_checked_timed_and_written(tmp_path, variants):
     cases = [tiny(tokens=37), tiny(tokens=53)]
     report = run.benchmark(cases, variants=variants, measure=("time",), repeat=2)
-    assert [check["peer"] for check in report["parity"]] == ["keras", "rwr-portable"]
+    assert [check["peer"] for check in report["parity"]] == ["keras", *OURS]
     assert all(0 <= check["error"] < check["tolerance"] for check in report["parity"])
     assert [(row["tokens"], row["peer"]) for row in report["results"]] == [
-        (37, "keras"),
-        (37, "rwr-portable"),
-        (53, "keras"),
-        (53, "rwr-portable"),
+        (tokens, name) for tokens in (37, 53) for name in ("keras", *OURS)
     ]
     for row in report["results"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
         assert row["samples"] == 2
         assert row["ratio"] == 1 if row["peer"] == "keras" else row["ratio"] > 0
     assert {"device", "commit", "keras", "keras_rwr"} <= set(report["environment"])
-    assert report["refused"].keys() == {"rwr-triton", "rwr-pallas", "rwr-xla"}
+    assert report["refused"].keys() == {"rwr-triton", "rwr-pallas", "rwr-xla"} - {*OURS}
 
     written, rows = write(report, tmp_path / "new" / "folder")
     assert json.loads(written.read_text())["results"] == report["results"]
     with rows.open() as file:
         read = list(csv.DictReader(file))
-    assert [row["peer"] for row in read] == ["keras", "rwr-portable"] * 2
+    assert [row["peer"] for row in read] == ["keras", *OURS] * 2
     assert float(read[1]["ratio"]) == report["results"][1]["ratio"]
-    assert len(table(report["results"]).splitlines()) == 5
+    assert len(table(report["results"]).splitlines()) == 1 + len(report["results"])
 
 
 @pytest.mark.parametrize("level", ["layer", "op"])
 def test_gradients_take_part(level, variants):
     case = tiny(level=level, gradients=True, options={**OPTIONS, "use_discoverability": True})
     names = {"layer": 1 + 8, "op": 3}[level]
-    for name, count in (("keras", names), ("rwr-portable", names + 1)):
+    for name, count in (("keras", names), *((name, names + 1) for name in OURS)):
         found = peers.PEERS[level, name]
         tensors = parity.results(case, found, variants[0])
         assert len(tensors) == 1 + count

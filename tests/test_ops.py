@@ -3,7 +3,16 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, TOLERANCES, assert_close, compiled, numpy, value_and_gradients
+from helpers import (
+    BACKEND,
+    DEFAULT,
+    IMPLEMENTATIONS,
+    TOLERANCES,
+    assert_close,
+    compiled,
+    numpy,
+    value_and_gradients,
+)
 from keras import ops
 
 import keras_rwr
@@ -130,8 +139,8 @@ def test_the_analysis_functions_check_too():
 # --- dispatch ------------------------------------------------------------------------------------
 
 KERNELS = {"triton": "torch", "pallas": "jax", "xla": "tensorflow"}
-# Why the kernels of the active backend do not run on a CPU.
-REFUSALS = {"triton": "kernels run on a GPU"}
+# Why the kernels of the active backend do not run on a CPU, if they do not.
+REFUSALS = {"triton": "kernels run on a GPU", "xla": None}
 
 
 def refusal(name):
@@ -140,27 +149,30 @@ def refusal(name):
     return f"needs the {KERNELS[name]} backend"
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != DEFAULT])
 def test_a_named_implementation_never_falls_back(name):
     with pytest.raises(NotImplementedError, match=rf"{refusal(name)}.*Received: ") as caught:
         rwr_attention(*draw(), implementation=name, **SMALL)
     assert f'implementation="{name}"' in str(caught.value)
 
 
-def test_the_portable_implementation_refuses_the_softmax_fusion():
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "reference"])
+def test_only_the_reference_takes_the_softmax_fusion(name):
     with pytest.raises(NotImplementedError, match='fusion "softmax" needs the dense rows'):
-        rwr_attention(*draw(), implementation="portable", fusion="softmax", **SMALL)
+        rwr_attention(*draw(), implementation=name, fusion="softmax", **SMALL)
 
 
 def test_explain():
     told = str(keras_rwr.explain((1, 4096, 12, 64), is_causal=True))
     first, *others = told.splitlines()
-    assert first.startswith("portable runs float32 (1, 4096, 12, 64) on ")
+    assert first.startswith(f"{DEFAULT} runs float32 (1, 4096, 12, 64) on ")
     assert first.endswith(f"({BACKEND} backend)")
     assert len(others) == 4
-    for name in KERNELS:
+    for name in (*KERNELS, "portable"):
+        if name == DEFAULT:
+            continue
         (line,) = [line for line in others if line.strip().startswith(f"{name}:")]
-        assert refusal(name) in line
+        assert ("can run, slower" if name == "portable" else refusal(name)) in line
     if BACKEND == "torch":
         told = keras_rwr.explain((1, 4096, 12, 64), dtype="bfloat16", device="gpu")
         assert told.implementation == "triton"
@@ -269,7 +281,7 @@ def test_compiled_calls_equal_eager_ones(edge_weight):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("implementation", ["reference", "portable"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_half_precision_in_half_precision_out(dtype, implementation):
     tensors = draw(dtype=dtype)
 

@@ -10,6 +10,7 @@ from helpers import (
     ABLATION,
     GRANULARITY,
     GRANULARITY_TOKENS,
+    IMPLEMENTATIONS,
     TOLERANCES,
     assert_close,
     attention,
@@ -29,7 +30,7 @@ from keras_rwr.config import RWRConfig
 few_examples = settings(max_examples=4, deadline=None, derandomize=True, database=None)
 every_setup = pytest.mark.parametrize("step", ABLATION)
 both_granularities = pytest.mark.parametrize("block", GRANULARITY)
-both_implementations = pytest.mark.parametrize("implementation", ["reference", "portable"])
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 both_directions = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "both ways"])
 
 
@@ -102,7 +103,7 @@ def assert_no_leak(run, inputs, last, seed, scale):
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 def test_no_token_sees_a_later_one(step, block, implementation):
     made, run = make_runner(step, block, implementation, is_causal=True)
 
@@ -118,7 +119,7 @@ def test_no_token_sees_a_later_one(step, block, implementation):
     check()
 
 
-@both_implementations
+@every_implementation
 def test_no_token_sees_a_later_one_with_dropout(implementation):
     made, run = make_runner("R3", 1, implementation, is_causal=True, dropout=0.4)
     assert_no_leak(run, made.inputs, 17, 3, 1.0)
@@ -185,12 +186,52 @@ def dense_transition(made):
     return numpy(step), numpy(stationary)
 
 
-TRANSITIONS = {"portable": sparse_transition, "reference": dense_transition}
+def stepped_transition(made):
+    """(P, pi) of the XLA implementation: its step, taken from each token alone."""
+    import tensorflow as tf
+
+    from keras_rwr.backends.tensorflow import as_options, operation
+    from keras_rwr.backends.tensorflow.band import Band
+    from keras_rwr.backends.tensorflow.lists import Lists
+    from keras_rwr.backends.tensorflow.walk import Edges
+
+    inputs, config = made.inputs, RWRConfig(**dict(made.options))
+    query, key = (ops.convert_to_tensor(x) for x in (inputs.query, inputs.key))
+    mask = None if inputs.padding_mask is None else ops.convert_to_tensor(inputs.padding_mask)
+    neighbors = graphs.select_neighbors(query, key, config, mask)
+    batch, size, heads, _ = query.shape
+    groups = batch * heads
+    real = np.repeat(inputs.real()[:, None], heads, 1).reshape(groups, size, 1)
+    bias = np.zeros((groups, size, 1), "float32")
+    if made.discoverability:
+        bias = np.einsum("bjnh,nh->bnj", inputs.key, inputs.discoverability).clip(-8, 8)
+        bias = bias.reshape(groups, size, 1)
+    units = [operation.unit(operation.head_major(x)) for x in (query, key)]
+    edges = Edges(
+        *units,
+        tf.constant(bias),
+        tf.tile(ops.convert_to_tensor(inputs.concentration), [batch])[:, None, None],
+        tf.constant(real, "float32"),
+        Band(units[0], as_options(config, is_dropped=False)),
+        Lists(tf.reshape(neighbors, (groups, size, -1)), config.neighbor_block),
+    )
+    steps = edges.step(tf.eye(size, batch_shape=[groups]))
+    stationary = 1.0 / edges.inverse_stationary()
+    return numpy(steps).reshape(batch, heads, size, size), numpy(stationary).reshape(
+        batch, heads, size
+    )
+
+
+TRANSITIONS = {
+    "portable": sparse_transition,
+    "reference": dense_transition,
+    "xla": stepped_transition,
+}
 
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 @both_directions
 def test_transition_rows_sum_to_one(step, block, implementation, is_causal):
     transition, _ = TRANSITIONS[implementation](make_case(step, block, is_causal=is_causal))
@@ -200,7 +241,7 @@ def test_transition_rows_sum_to_one(step, block, implementation, is_causal):
 
 @pytest.mark.parametrize("step", ["R2", "R3"])
 @both_granularities
-@both_implementations
+@every_implementation
 def test_detailed_balance(step, block, implementation):
     made = make_case(step, block, is_causal=False)
     transition, stationary = TRANSITIONS[implementation](made)
@@ -216,7 +257,7 @@ def test_detailed_balance(step, block, implementation):
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 def test_the_walk_has_its_mass(step, block, implementation):
     made, run = make_runner(step, block, implementation, is_causal=True)
     ones = np.ones_like(made.inputs.value)
@@ -230,7 +271,7 @@ def test_the_walk_has_its_mass(step, block, implementation):
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 def test_restart_probability_one_adds_the_values(step, block, implementation):
     made, run = make_runner(step, block, implementation, is_causal=True, alpha=1.0)
     local = run(lens_strength=np.zeros_like(made.inputs.lens_strength))
@@ -240,7 +281,7 @@ def test_restart_probability_one_adds_the_values(step, block, implementation):
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 def test_many_steps_approach_the_resolvent(step, block, implementation):
     alpha, steps = 0.9, 5  # what is missing weighs 0.1^6
     made, run = make_runner(step, block, implementation, is_causal=False, alpha=alpha, steps=steps)
@@ -266,7 +307,7 @@ def test_many_steps_approach_the_resolvent(step, block, implementation):
 
 @every_setup
 @both_directions
-@both_implementations
+@every_implementation
 def test_a_wide_window_without_walk_is_multi_head_attention(step, is_causal, implementation):
     made = make_case(step, 1, is_causal=is_causal, window=29)
     inputs = made.inputs
@@ -299,7 +340,7 @@ def padding_patterns(batch, tokens):
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 @both_directions
 def test_padding_content_changes_nothing(step, block, implementation, is_causal):
     made, run = make_runner(step, block, implementation, is_causal=is_causal)
@@ -316,7 +357,7 @@ def test_padding_content_changes_nothing(step, block, implementation, is_causal)
 
 @every_setup
 @both_granularities
-@both_implementations
+@every_implementation
 def test_degenerate_inputs_stay_finite(step, block, implementation):
     # One batch of the awkward sequences: nothing but padding, nothing but zeros, a single real
     # token, zeros among ordinary tokens.
@@ -346,7 +387,7 @@ def test_degenerate_inputs_stay_finite(step, block, implementation):
 
 
 @every_setup
-@both_implementations
+@every_implementation
 @both_directions
 def test_one_token(step, implementation, is_causal):
     made = make_case(step, 1, is_causal=is_causal)
@@ -363,7 +404,7 @@ def test_one_token(step, implementation, is_causal):
         assert np.abs(gradients[name]).max() < 1e-5, name
 
 
-@both_implementations
+@every_implementation
 def test_the_same_inputs_give_the_same_bits(implementation):
     _, run = make_runner("R3", 1, implementation, is_causal=True)
     np.testing.assert_array_equal(run(), run())

@@ -67,7 +67,22 @@ def rwr_attention(
     returned, heads = query.dtype, query.shape[2]
     dtype = tf.float64 if returned == tf.float64 else tf.float32
     is_dropped = config.dropout > 0.0 and seed is not None
-    options = Options(
+    attend = operation.attention(as_options(config, is_dropped))
+    output = attend(
+        *(tf.cast(x, dtype) for x in (query, key, value)),
+        _per_head(concentration, heads, dtype),
+        _per_head(lens_strength, heads, dtype),
+        None if discoverability is None else tf.cast(discoverability, dtype),
+        None if padding_mask is None else tf.cast(padding_mask, tf.bool),
+        None if neighbors is None else tf.cast(neighbors, tf.int32),
+        dropout.seed_words(seed) if is_dropped else None,
+    )
+    return tf.cast(output, returned)
+
+
+def as_options(config, is_dropped):
+    """The options of a call, with the fields of `keras_rwr.RWRConfig`, as `Options`."""
+    return Options(
         alpha=config.alpha,
         steps=config.steps,
         neighbor_block=config.neighbor_block,
@@ -80,17 +95,6 @@ def rwr_attention(
         dropout=config.dropout if is_dropped else 0.0,
         block_size=config.block_size,
     )
-    attend = operation.attention(options)
-    output = attend(
-        *(tf.cast(x, dtype) for x in (query, key, value)),
-        _per_head(concentration, heads, dtype),
-        _per_head(lens_strength, heads, dtype),
-        None if discoverability is None else tf.cast(discoverability, dtype),
-        None if padding_mask is None else tf.cast(padding_mask, tf.bool),
-        None if neighbors is None else tf.cast(neighbors, tf.int32),
-        dropout.seed_words(seed) if is_dropped else None,
-    )
-    return tf.cast(output, returned)
 
 
 def _per_head(value, heads, dtype):

@@ -17,17 +17,18 @@ class Band:
     """Tiles of a sequence and their slots.
 
     Args:
-        size: Int, or scalar tensor. Number of positions S.
+        like: Tensor of shape `(G, S, F)`, from whose shape sizes are taken where they are needed:
+            a size that one function passes on to another would be no constant there.
         options: `Options`.
 
     Attributes:
         tile: Int, M.
-        tiles: Int, or scalar tensor, C.
         slots: Tuple of ints, the distances of the tiles that a tile faces, its own first.
     """
 
-    def __init__(self, size, options):
-        self.size, self.options = size, options
+    def __init__(self, like, options):
+        self.like, self.options = like, options
+        size = like.shape[1]
         reach = min(options.window, size - 1) if isinstance(size, int) else options.window
         tile = options.block_size
         if tile is None:
@@ -35,11 +36,20 @@ class Band:
             while tile < 512 and 4 * tile <= reach:
                 tile *= 2
         self.tile = max(tile, ceil_div(reach, _MOST_SLOTS))
-        self.tiles = ceil_div(size, self.tile)
         self.before = ceil_div(reach, self.tile)
         self.after = 0 if options.causal else self.before
         others = [d for d in range(-self.before, self.after + 1) if d != 0]
         self.slots = (0, *others)
+
+    @property
+    def size(self):
+        """S: an int, or a scalar tensor."""
+        return sizes(self.like)[1]
+
+    @property
+    def tiles(self):
+        """C: an int, or a scalar tensor."""
+        return ceil_div(self.size, self.tile)
 
     def split(self, x, fill=0.0):
         """`(G, S, F)` to tiles `(G, C, M, F)`, filled behind the last position."""

@@ -37,12 +37,11 @@ class Lists:
     """
 
     def __init__(self, neighbors, block):
-        groups, size, slots = sizes(neighbors)
-        self.groups, self.size, self.slots, self.block = groups, size, slots, block
-        self.blocks = ceil_div(size, block)
+        self.block, self.slots = block, neighbors.shape[-1]
+        self.is_chosen = neighbors >= 0
+        groups, size, slots = self.groups, self.size, self.slots
         count, blocks = groups * size * slots, groups * self.blocks
 
-        self.is_chosen = neighbors >= 0
         first_block = tf.range(groups)[:, None, None] * self.blocks
         self.block_row = tf.maximum(neighbors, 0) + first_block
         # Entries without a block come last, in a list of their own that gets no tile.
@@ -70,6 +69,23 @@ class Lists:
         place = tf.gather(place, tf.math.invert_permutation(order))
         place = tf.where(self.is_chosen, tf.reshape(place, (groups, size, slots)), 0)
         self.place = place
+
+    # Sizes are taken from a shape where they are needed, see `Band`.
+
+    @property
+    def groups(self):
+        """G: an int, or a scalar tensor."""
+        return sizes(self.is_chosen)[0]
+
+    @property
+    def size(self):
+        """S: an int, or a scalar tensor."""
+        return sizes(self.is_chosen)[1]
+
+    @property
+    def blocks(self):
+        """J: an int, or a scalar tensor."""
+        return ceil_div(self.size, self.block)
 
     def outside(self, window, causal):
         """Which keys of the entries are outside of their query's window: bool `(T, R, b)`."""

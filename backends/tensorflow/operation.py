@@ -65,7 +65,6 @@ def compiled_attention(options):
             Tensor of shape `(B, S, N, V)`.
         """
         batch, size, heads, _ = sizes(query)
-        band = Band(size, options)
         if padding_mask is None:
             real = tf.ones((batch, size), tf.bool)
         else:
@@ -75,6 +74,7 @@ def compiled_attention(options):
             )
         real = tf.reshape(tf.repeat(real[:, None], heads, 1), (-1, size, 1))  # (G, S, 1)
         query, key, value = (head_major(x) for x in (query, key, value))  # (G, S, F)
+        band = Band(query, options)
 
         bias = tf.zeros_like(query[..., :1])  # b, (G, S, 1)
         if discoverability is not None:

@@ -187,7 +187,7 @@ class Edges:
         if self.options.exponential:
             return sharpness * weights
         half = 0.5 if self.options.reversible else 1.0
-        return tf.where(weights > 0.0, half, tf.zeros_like(weights))
+        return half * tf.cast(weights > 0.0, weights.dtype)
 
     def local_terms(self, slot):
         """The terms of S in a slot: weight `(G, C, M, M)`, and what was met, in tiles."""

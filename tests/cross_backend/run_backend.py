@@ -9,7 +9,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import oracle_gradients
-from helpers import BACKEND, value_and_gradients
+from helpers import BACKEND, IMPLEMENTATIONS, value_and_gradients
 from keras import ops
 
 from keras_rwr.ops import rwr_attention
@@ -20,7 +20,7 @@ def main(source, target):
     calls = json.loads(str(inputs.pop("calls")))
     results = {}
     for name, options in calls.items():
-        for implementation in ("portable", "reference"):
+        for implementation in IMPLEMENTATIONS:
             results.update(run(inputs, options, implementation, f"{name}/{implementation}"))
     np.savez(target, **results)
 

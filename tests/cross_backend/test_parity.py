@@ -14,7 +14,8 @@ import oracle_gradients
 import pytest
 
 BACKENDS = ("torch", "jax", "tensorflow", "numpy")
-IMPLEMENTATIONS = ("portable", "reference")
+SHARED = ("portable", "reference")
+IMPLEMENTATIONS = {backend: SHARED for backend in BACKENDS} | {"tensorflow": (*SHARED, "xla")}
 LAST_KEPT = 40  # tokens after this one are replaced for the causality check
 
 COMMON = {"window": 17, "topk": 32, "neighbor_block": 16, "is_causal": True}
@@ -80,9 +81,9 @@ def results(case, tmp_path_factory):
 
 
 def test_every_backend_ran_every_call(results):
-    outputs = len(CALLS) * len(IMPLEMENTATIONS)
     gradients = len(oracle_gradients.NAMES)
     for backend, arrays in results.items():
+        outputs = len(CALLS) * len(IMPLEMENTATIONS[backend])
         assert len(arrays) == outputs * (2 if backend == "numpy" else 2 + gradients), backend
 
 
@@ -94,6 +95,20 @@ def test_backends_agree(results, call, pair):
     assert len(names) == 2 * (2 if "numpy" in pair else 2 + len(oracle_gradients.NAMES))
     for name in names:
         helpers.assert_close(first[name], second[name], helpers.TOLERANCES["backends"], name)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_xla_agrees_with_every_backend(results, call):
+    for backend in BACKENDS:
+        for implementation in SHARED:
+            prefix = f"{call}/{implementation}/"
+            names = [name[len(prefix) :] for name in results[backend] if name.startswith(prefix)]
+            assert len(names) == 2 + (0 if backend == "numpy" else len(oracle_gradients.NAMES))
+            for name in names:
+                ours = results["tensorflow"][f"{call}/xla/{name}"]
+                theirs = results[backend][prefix + name]
+                what = f"{backend}/{implementation}/{name}"
+                helpers.assert_close(ours, theirs, helpers.TOLERANCES["backends"], what)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -112,14 +127,14 @@ def test_backends_agree_with_the_oracle(results, case, call, backend):
         neighbors=case.neighbors,
         seed=(20, 24),
     )
-    for implementation in IMPLEMENTATIONS:
+    for implementation in IMPLEMENTATIONS[backend]:
         output = results[backend][f"{call}/{implementation}/output"]
         helpers.assert_close(output, expected, helpers.TOLERANCES["output"], implementation)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_token_sees_a_later_one_with_every_optimisation(results, backend):
-    for call, implementation in itertools.product(CALLS, IMPLEMENTATIONS):
+    for call, implementation in itertools.product(CALLS, IMPLEMENTATIONS[backend]):
         label = f"{call}/{implementation}"
         before, after = results[backend][f"{label}/output"], results[backend][f"{label}/changed"]
         kept = slice(None, LAST_KEPT + 1)
