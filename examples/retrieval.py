@@ -1,0 +1,319 @@
+"""Trains small models to look things up: full attention, a window alone, and R1 to R4.
+
+    python examples/retrieval.py                                      # associative recall
+    python examples/retrieval.py --task pointers --hops 2 --models full R4 --steps 1 2 4 8
+    python examples/retrieval.py --tokens 512 --pairs 64 --width 256 --seeds 0 1 2 --out runs/recall
+
+Questions stand anywhere behind what answers them, most of them further away than the window. Each
+line of `results.csv` in the folder is one trained model; a run that is started again trains those
+that are missing. `table.md` and `accuracy.png` sum up.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import sys
+import time
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+from ablation_report import STYLES
+from retrieval_data import Batches, Task
+
+import keras_rwr
+from keras_rwr.ablation import STEPS
+
+TASKS = ("recall", "pointers")
+MODELS = ("full", "window", *[name for name in STEPS if name != "R0"])
+TEST_SEED, TEST_SEQUENCES = 2**31, 512
+EVALUATIONS = 10
+# Okabe and Ito's palette, safe for colour-blind readers
+COLORS = {name: style[0] for name, style in STYLES.items()} | {"full": "#000000", "window": "#999"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one line of `results.csv` is about."""
+
+    task: str
+    tokens: int
+    pairs: int
+    symbols: int
+    hops: int
+    model: str
+    walk_steps: int  # 0 for models without a walk
+    window: int
+    topk: int
+    neighbor_block: int
+    trainable_lens: bool
+    layers: int
+    width: int
+    heads: int
+    training_steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def label(self):
+        return self.model if self.walk_steps == 0 else f"{self.model}, {self.walk_steps} steps"
+
+
+def make_attention(run):
+    """The attention layer of a model."""
+    key_dim = run.width // run.heads
+    if run.model == "full":
+        return keras.layers.MultiHeadAttention(run.heads, key_dim)
+    options = {
+        "window": run.window,
+        "topk": run.topk,
+        "neighbor_block": run.neighbor_block,
+        "steps": run.walk_steps,
+        "trainable_lens": run.trainable_lens,
+    }
+    if run.model == "window":
+        options |= {"topk": 0, "lens_strength": 0.0, "trainable_lens": False}
+    else:
+        options = {**STEPS[run.model].options, **options}
+    return keras_rwr.RWRAttention(run.heads, key_dim, **options)
+
+
+def build_model(run, task):
+    """A transformer that names a token at each position."""
+    inputs = keras.Input((task.tokens,), dtype="int32")
+    embedding = keras_hub.layers.TokenAndPositionEmbedding(
+        task.vocabulary_size, task.tokens, run.width
+    )
+    x = embedding(inputs)  # (B, S, width)
+    for _ in range(run.layers):
+        normal = keras.layers.LayerNormalization()(x)
+        x = x + make_attention(run)(normal, normal, use_causal_mask=True)
+        hidden = keras.layers.Dense(4 * run.width, "gelu")(keras.layers.LayerNormalization()(x))
+        x = x + keras.layers.Dense(run.width)(hidden)
+    x = keras.layers.LayerNormalization()(x)
+    return keras.Model(inputs, keras.layers.Dense(task.vocabulary_size)(x))
+
+
+def train(run, verbose=0):
+    """Trains one model.
+
+    Args:
+        run: `Run`.
+        verbose: Keras's.
+
+    Returns:
+        A dict with `accuracy` and `loss` on questions of unseen sequences, the best `accuracy` at
+        any evaluation, and `seconds`.
+    """
+    task = Task(run.task, run.tokens, run.pairs, run.symbols, run.hops)
+    started = time.perf_counter()
+    keras.utils.set_random_seed(run.seed)
+    model = build_model(run, task)
+    warmup = max(run.training_steps // 20, 1)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, run.training_steps - warmup, 0.05, warmup_target=run.learning_rate, warmup_steps=warmup
+    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, global_clipnorm=1.0)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "lens", "concentr"])
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+    )
+    sequences, targets, asked = task.draw(TEST_SEED, TEST_SEQUENCES)
+    epochs = min(EVALUATIONS, run.training_steps)
+    history = model.fit(
+        Batches(task, run.batch_size, run.seed),
+        epochs=epochs,
+        steps_per_epoch=run.training_steps // epochs,
+        validation_data=(sequences, targets, asked.astype("float32")),
+        validation_batch_size=run.batch_size,
+        shuffle=False,
+        verbose=verbose,
+    ).history
+    questions = run.pairs / run.tokens  # Keras divides the loss by all positions
+    return {
+        "accuracy": history["val_accuracy"][-1],
+        "best_accuracy": max(history["val_accuracy"]),
+        "loss": history["val_loss"][-1] / questions,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+# --- results -------------------------------------------------------------------------------------
+
+FIELDS = [field.name for field in dataclasses.fields(Run)]
+MEASURED = ["accuracy", "best_accuracy", "loss", "seconds"]
+
+
+def read_results(path):
+    """Rows of `results.csv`: pairs of a `Run` and a dict of what was measured."""
+    if not path.exists():
+        return []
+    kinds = {field.name: field.type for field in dataclasses.fields(Run)}
+    read = {bool: lambda text: text == "True"}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            (
+                Run(**{name: read.get(kinds[name], kinds[name])(row[name]) for name in FIELDS}),
+                {name: float(row[name]) for name in MEASURED},
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def add_result(path, run, measured):
+    """Appends a row to `results.csv`."""
+    is_new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*FIELDS, *MEASURED, "backend", "keras"])
+        if is_new:
+            writer.writeheader()
+        versions = {"backend": keras.backend.backend(), "keras": keras.__version__}
+        writer.writerow({**dataclasses.asdict(run), **measured, **versions})
+
+
+def sum_up(rows):
+    """Lines by everything but the seed: a `Run` and its accuracies, in the order of the rows."""
+    groups = {}
+    for run, measured in rows:
+        groups.setdefault(dataclasses.replace(run, seed=0), []).append(measured["accuracy"])
+    return list(groups.items())
+
+
+def write_report(folder, rows):
+    """Writes `table.md` and `accuracy.png` and returns the table."""
+    heads = ["task", "tokens", "pairs", "hops", "model", "width", "seeds", "accuracy", "range"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for run, found in sum_up(rows):
+        hops = run.hops if run.task == "pointers" else "-"
+        lines.append(
+            f"| {run.task} | {run.tokens} | {run.pairs} | {hops} | {run.label} | {run.width} | "
+            f"{len(found)} | {np.mean(found):.3f} | {min(found):.3f} to {max(found):.3f} |"
+        )
+    table = "\n".join(lines) + "\n"
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    draw(folder / "accuracy.png", rows)
+    return table
+
+
+def draw(path, rows):
+    """PNG of the accuracies: a panel for each task and size, a bar for each model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {}
+    for run, found in sum_up(rows):
+        size = (run.task, run.tokens, run.pairs, run.hops, run.symbols)
+        panels.setdefault(size, []).append((run, found))
+    figure = Figure(figsize=(8, 1.2 + 3.2 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for panel, (size, bars) in zip(axes, panels.items(), strict=True):
+        task, tokens, pairs, hops, symbols = size
+        labels = [f"{run.label}\nwidth {run.width}" for run, _ in bars]
+        means = np.array([np.mean(found) for _, found in bars])
+        low, high = (np.array([f(found) for _, found in bars]) for f in (min, max))
+        panel.bar(
+            range(len(bars)),
+            100 * means,
+            yerr=100 * np.array([means - low, high - means]),
+            color=[COLORS[run.model] for run, _ in bars],
+            capsize=3,
+        )
+        panel.axhline(100 * Task(task, tokens, pairs, symbols, hops).chance, color="#666", ls=":")
+        panel.set_xticks(range(len(bars)), labels, fontsize=8)
+        panel.set_ylim(0, 105)
+        panel.set_ylabel("accuracy, %")
+        named = f"{task}, {hops} hops" if task == "pointers" else task
+        panel.set_title(f"{named}: {pairs} pairs in {tokens} tokens (dotted: guessing)")
+    figure.savefig(path, dpi=150)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def parse(arguments=None):
+    """The command line, and the parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = functools.partial(parser.add_argument, type=int)
+    parser.add_argument("--task", choices=TASKS, default="recall")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS))
+    add("--steps", nargs="+", default=[4], help="walk steps of R1 to R4, each a model (4)")
+    add("--seeds", nargs="+", default=[0], help="each a training (0)")
+    add("--tokens", default=192, help="length of a sequence (192)")
+    add("--pairs", default=16, help="pairs to remember, and questions (16)")
+    add("--symbols", default=127, help="keys, and values, of recall (127)")
+    add("--hops", default=1, help="pointers to follow (1)")
+    add("--window", default=32)
+    add("--topk", default=32)
+    add("--neighbor-block", default=16)
+    parser.add_argument("--trainable-lens", action="store_true", help="train the walk's weight")
+    add("--layers", default=2)
+    add("--width", default=128)
+    add("--heads", default=2)
+    add("--training-steps", default=3000)
+    add("--batch-size", default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="folder")
+    return parser, parser.parse_args(arguments)
+
+
+def make_runs(given):
+    """All models to train.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+    fixed = {name: getattr(given, name) for name in FIELDS if hasattr(given, name)}
+    for name in ("layers", "width", "heads", "training_steps", "batch_size"):
+        if fixed[name] < 1:
+            raise ValueError(f"`{name}` must be at least 1. Received: {name}={fixed[name]}")
+    if given.width % given.heads:
+        raise ValueError(
+            "`width` must be a multiple of `heads`. "
+            f"Received: width={given.width}, heads={given.heads}"
+        )
+    runs = []
+    for seed in given.seeds:
+        for model in given.models:
+            for steps in [0] if model in ("full", "window") else given.steps:
+                runs.append(Run(**fixed, model=model, walk_steps=steps, seed=seed))
+    for run in runs:  # before anything is trained
+        Task(run.task, run.tokens, run.pairs, run.symbols, run.hops)
+        make_attention(run)
+    return runs
+
+
+def main(arguments=None):
+    """Runs the command line."""
+    parser, given = parse(arguments)
+    try:
+        runs = make_runs(given)
+    except ValueError as error:
+        parser.error(str(error))
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "results.csv"
+    done = {run for run, _ in read_results(path)}
+    for run in runs:
+        if run in done:
+            continue
+        measured = train(run)
+        add_result(path, run, measured)
+        print(
+            f"{run.task}, {run.label}, seed {run.seed}: accuracy {measured['accuracy']:.3f}, "
+            f"{measured['seconds']:.0f} s",
+            flush=True,
+        )
+    print(f"\n{write_report(given.out, read_results(path))}\nFolder: {given.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
