@@ -109,7 +109,9 @@ def test_gradients_of_half_precision(dtype, uncompiled):
     }
     found = []
     for cast in (dtype, "float32"):
-        leaves = {name: tf.cast(x, cast if name in halved else x.dtype) for name, x in exact.items()}
+        leaves = {
+            name: tf.cast(x, cast if name in halved else x.dtype) for name, x in exact.items()
+        }
         with tf.GradientTape() as tape:
             tape.watch(leaves)
             output = rwr_attention(**leaves, implementation="xla", **dict(made.options))
@@ -243,6 +245,23 @@ def test_inputs_of_a_compiled_caller_are_no_constants():
     program = run.experimental_get_compiler_ir(*draw())(stage="hlo")
     (entry,) = [line for line in program.splitlines() if line.startswith("ENTRY")]
     assert entry.count("f32[2,29,2,7]") >= 6, entry  # three inputs, and four results
+
+
+def test_an_eager_gradient_after_one_in_a_graph(fresh):
+    """Then TensorFlow differentiates what the compiled function handed to its backward pass."""
+    unknown_batch = [tf.TensorSpec((None, *SHAPE[1:]))] * 3
+    tensors = draw()
+    expected = tf.function(loss_and_gradients, input_signature=unknown_batch)(*tensors)
+    for ours, theirs in zip(loss_and_gradients(*tensors), expected, strict=True):
+        assert_close(numpy(ours), numpy(theirs), 1e-6)
+
+
+def test_second_derivatives_are_refused(uncompiled):
+    tensors = draw()
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        with pytest.raises(NotImplementedError, match=r"first order only.*Received: \d gradients"):
+            loss_and_gradients(*tensors)
 
 
 # --- determinism and memory ----------------------------------------------------------------------

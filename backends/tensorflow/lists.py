@@ -180,6 +180,9 @@ class Lists:
 def in_chunks(function, arrays, width, dtype):
     """Applies a function to chunks of arrays along their first axis, one after another.
 
+    No gradient flows through it: the backward pass is written out. Where TensorFlow differentiates
+    what a compiled function hands to its backward pass, a loop would hand over lists.
+
     Args:
         function: Takes chunks of the arrays and returns one tensor with as many items.
         arrays: Tuple of tensors with the same number of items.
@@ -206,5 +209,6 @@ def in_chunks(function, arrays, width, dtype):
         tuple(split(x) for x in arrays),
         fn_output_signature=dtype,
     )
+    result = tf.stop_gradient(result)
     shape = sizes(result)
     return tf.reshape(result, (chunks * chunk, *shape[2:]))[:items]

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_rwr.backends.tensorflow.band import dot, transposed
 from keras_rwr.backends.tensorflow.dropout import keep_factor
+from keras_rwr.backends.tensorflow.plan import first_order
 
 # The logit of a pair that does not exist, and the least peak of a row: a row without any pair has
 # weights exp(-1e30 + 1e20), which are 0.
@@ -79,7 +80,7 @@ def windowed_attention(query, key, value, key_bias, band, row_hashes=None):
                 to_keys[slot] = transposed(change, rows)
                 to_values[slot] = transposed(passed, upstream)
                 to_biases[slot] = tf.reduce_sum(change, -2)[..., None]
-            return (
+            return first_order(
                 scale * band.join(to_rows),
                 band.received(to_keys),
                 band.received(to_values),

@@ -46,5 +46,25 @@ def sizes(x):
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
 
 
+def first_order(*gradients):
+    """The results of a backward pass, which refuse to be differentiated again.
+
+    What the backward pass takes from loops of the forward pass has no gradient, see `in_chunks`:
+    derivatives of the second order would be wrong.
+    """
+
+    @tf.custom_gradient
+    def results(*gradients):
+        def refuse(*upstream):
+            raise NotImplementedError(
+                '`implementation="xla"` has derivatives of the first order only. '
+                f"Received: {len(upstream)} gradients to differentiate again"
+            )
+
+        return gradients, refuse
+
+    return results(*gradients)
+
+
 def ceil_div(a, b):
     return -(-a // b)

@@ -24,7 +24,7 @@ Letters: see `plan` and `lists`.
 import tensorflow as tf
 
 from keras_rwr.backends.tensorflow.band import dot, transposed
-from keras_rwr.backends.tensorflow.plan import sizes
+from keras_rwr.backends.tensorflow.plan import first_order, sizes
 
 _ISOLATED = 1e-6
 
@@ -68,7 +68,9 @@ def walk(query, key, value, bias, concentration, real, band, lists):
             slope = edges.share * (along - to_stationary)
             found = edges.gradients(side_by_side(factors), side_by_side(states[:-1]), slope)
             to_query, to_key, to_bias, to_concentration = found
-            return to_query, to_key, to_value, to_bias + to_stationary, to_concentration
+            return first_order(
+                to_query, to_key, to_value, to_bias + to_stationary, to_concentration
+            )
 
         return states[-1], gradient
 
@@ -89,7 +91,8 @@ def walk_forward(edges, start):
     states = tf.TensorArray(start.dtype, steps + 1, element_shape=start.shape).write(0, start)
     loop = (0, start, states)
     _, _, states = tf.while_loop(lambda m, *_: m < steps, step, loop, maximum_iterations=steps)
-    return states.stack()
+    # No gradient of a loop, see `in_chunks`.
+    return tf.stop_gradient(states.stack())
 
 
 def walk_backward(edges, states, upstream):
