@@ -13,8 +13,8 @@ alone,
     dA_ij = ((1 − α) Σ_{m=1..T} G⁽ᵐ⁾_i · Z⁽ᵐ⁻¹⁾_j − δ_i + dlog π_i) / D_i
     db_j  = Σ_i A_ij dA_ij + dlog π_j       dS_ij = dA_ij g_j
 
-With f the weight of a cosine, c_ij = q̂_i · k̂_j, S is h f(c_ij) for the far edges and for plain local
-ones with h = 1, and ½ f(c_ij) + ½ f(c_ji) for local edges of a reversible graph, where h = ½.
+With f the weight of a cosine, c_ij = q̂_i · k̂_j, S is h f(c_ij) for the far edges and for plain
+local ones with h = 1, and ½ f(c_ij) + ½ f(c_ji) for local edges of a reversible graph, where h = ½.
 Each of these terms passes on dc = h f'(c) dS, with f' = 1 for cosine edges and f' = κ f for
 exponential ones, to dq̂ and dk̂. As exponential weights depend on κ c alone, κ dκ = Σ_i q̂_i · dq̂_i.
 

@@ -15,7 +15,7 @@ import pytest
 
 BACKENDS = ("torch", "jax", "tensorflow", "numpy")
 SHARED = ("portable", "reference")
-IMPLEMENTATIONS = {backend: SHARED for backend in BACKENDS} | {"tensorflow": (*SHARED, "xla")}
+IMPLEMENTATIONS = dict.fromkeys(BACKENDS, SHARED) | {"tensorflow": (*SHARED, "xla")}
 LAST_KEPT = 40  # tokens after this one are replaced for the causality check
 
 COMMON = {"window": 17, "topk": 32, "neighbor_block": 16, "is_causal": True}
