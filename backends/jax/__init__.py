@@ -2,8 +2,8 @@
 
 Forward and backward pass are kernels of their own, in memory linear in the number of tokens: see
 `band_kernels`, `list_kernels`, `gradient_kernels` and `selection_kernels` for the formulas,
-`operation` for their order and for how JAX differentiates them, `lists` for the queries that chose
-a key block. The sources of the ideas: online softmax and the backward pass of LOCAL are
+`forward` and `backward` for their order, `operation` for how JAX differentiates them, `lists` for
+the queries that chose a key block. Online softmax and the backward pass of LOCAL are
 FlashAttention's (Dao et al., https://arxiv.org/abs/2205.14135).
 
 Where the environment variable KERAS_RWR_INTERPRET is 1, Pallas interprets the kernels on the CPU.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_rwr.backends.jax.layout import arrange, by_head, pad, restore
-from keras_rwr.backends.jax.plan import Plan
+from keras_rwr.backends.jax.plan import Plan, most_places
 
 # What the kernels are made for: "gpu", "tpu" (to export only) or "interpreter".
 target = "interpreter" if os.environ.get("KERAS_RWR_INTERPRET") == "1" else "gpu"
@@ -24,6 +24,7 @@ _DEVICES = {"gpu": "gpu", "interpreter": "cpu"}
 _DTYPES = ("bfloat16", "float16", "float32")
 _LARGEST_HEAD = 256
 _LARGEST_BLOCK = 128
+_LARGEST_INT = 2**31 - 1
 
 
 def supports(spec):
@@ -48,6 +49,8 @@ def supports(spec):
             return f"its tiles hold a {name} of at most {_LARGEST_HEAD}"
     if config.neighbor_block > _LARGEST_BLOCK:
         return f"its tiles hold a neighbor_block of at most {_LARGEST_BLOCK}"
+    if most_places(spec.query_shape, config) > _LARGEST_INT:
+        return f"its lists have at most {_LARGEST_INT} places"
     return None
 
 
@@ -110,7 +113,8 @@ def rwr_attention(
     Returns:
         Array of shape `(B, S, N, V)` in the dtype of `query`.
     """
-    from keras_rwr.backends.jax.operation import Inputs, attend
+    from keras_rwr.backends.jax.call import Inputs
+    from keras_rwr.backends.jax.operation import attend
 
     batch, size, heads, _ = query.shape
     returned = query.dtype

@@ -6,6 +6,8 @@ Z^(m-1)_j`, and is needed on edges only. What a tile of queries hands to the key
 `edges`, is stored by tiles as the band is.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -22,10 +24,13 @@ from keras_rwr.backends.jax.tiles import (
     far_sum,
     features,
     keep_pairs,
+    load_states,
     locate,
     row_positions,
     rows_of,
+    rows_of_step,
     slope,
+    sum_over_steps,
     within_window,
 )
 
@@ -71,15 +76,14 @@ def query_gradients(plan, refs, out):
     query, cotangent = refs["query"][...], refs["cotangent"][...]
     width = plan.columns("query_gradients")
 
+    own = rows_of(plan, tile)
+    adjoints = load_states(plan, refs, "adjoint", own)
+    states = load_states(plan, refs, "state", own) if plan.reversible else None
+
     def products(own, other, there):
         """`sum_m x^m_i y^m_j` for the rows i of this tile and j of another."""
-        total = jnp.zeros((plan.tile, width), jnp.float32)
-        for step in range(plan.steps):
-            for part in range(plan.state_parts):
-                columns = features(plan, part)
-                left = refs[f"own_{own}{step}"][:, columns]
-                total += dot(left, refs[f"{other}{step}"][there, columns].T)
-        return total
+        right = functools.partial(rows_of_step, plan, refs, other, rows=there)
+        return sum_over_steps(plan, own, right, (plan.tile, width))
 
     def face(piece, carry):
         gradient, radial = carry
@@ -108,7 +112,7 @@ def query_gradients(plan, refs, out):
             sharpness = refs["sharpness"][...]
             scales = query_scale * key_scale
             cosine = product * scales
-            slack = plan.keep_walking * products("adjoint", "state", there)
+            slack = plan.keep_walking * products(adjoints, "state", there)
             along = (slack - refs["delta"][...]) * refs["share"][...]
             if plan.biased:
                 weight = refs["band"][jnp.minimum(span, plan.spans - 1), :, lanes]
@@ -117,7 +121,7 @@ def query_gradients(plan, refs, out):
             reach = near
             if plan.reversible:
                 along = jnp.where(near, along, 0.0)
-                back = plan.keep_walking * products("state", "adjoint", there)
+                back = plan.keep_walking * products(states, "adjoint", there)
                 back = (back - refs["deltas"][:, there]) * refs["shares"][:, there]
                 if plan.biased:
                     back *= jnp.exp2(refs["bias"][...] * LOG2E)

@@ -4,6 +4,8 @@ The queries that chose a block are listed, and worked on by chunks of `entries`;
 `lists.reverse_lists`. A place that is there for padding's sake has the position -1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -15,10 +17,13 @@ from keras_rwr.backends.jax.tiles import (
     dot,
     features,
     listed_rows,
+    listed_rows_of_step,
     outside_window,
     places_of,
     row_positions,
+    rows_of_step,
     slope,
+    sum_over_steps,
     weigh,
 )
 
@@ -125,13 +130,9 @@ def far_edge_gradients(plan, refs, out):
 
     def products(listed, own, places):
         """`sum_m x^m y^m^T` of the entries' adjoint states and the keys' states, or conversely."""
-        total = jnp.zeros((plan.entries, plan.keys), jnp.float32)
-        for step in range(plan.steps):
-            for part in range(plan.state_parts):
-                columns = features(plan, part)
-                left = listed_rows(plan, refs, f"listed_{listed}{step}", places, columns)
-                total += dot(left, refs[f"{own}{step}"][here, columns].T)
-        return total
+        left = functools.partial(listed_rows_of_step, plan, refs, listed, places=places)
+        right = functools.partial(rows_of_step, plan, refs, own, rows=here)
+        return sum_over_steps(plan, left, right, (plan.entries, plan.keys))
 
     def go(chunk, carry):
         gradient, radial, bias = carry

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 _NO_CUT = -2.0
 # Entries of a list that are worked on at once.
 _ENTRIES = 16
+# Products over a walk's steps for which one factor is kept, and that stand in one piece of code.
+_KEPT = 4
+_PRODUCTS, _SINGLE_PRECISION_PRODUCTS = 24, 8
 # Warps and stages of a kernel on GPUs, for features of at most `_WIDE`.
 _TUNING = {
     "weigh": (1, 3),
@@ -22,7 +25,7 @@ _TUNING = {
     "step": (4, 2),
     "step_back": (4, 3),
     "finish": (4, 1),
-    "query_gradients": (4, 1),
+    "query_gradients": (4, 2),
     "key_gradients": (4, 2),
 }
 # Keys that a tile of queries faces at a time, where that is less than a tile of them.
@@ -30,6 +33,8 @@ _COLUMNS = {"local": 32, "query_gradients": 32}
 # Tokens in a tile by dtype; half precision with features beyond `_WIDE` takes the other one's.
 _TILE, _SINGLE_PRECISION_TILE, _TPU_TILE = 64, 32, 128
 _WIDE = 128
+# Of tiles of more features, or of more states, shared memory has no room for a second stage.
+_SLIM = 64
 # Features of a TPU's tile are a multiple of this many.
 _LANES = 128
 
@@ -145,6 +150,9 @@ class Plan:
         warps, stages = _TUNING[kernel]
         if self.is_large:
             warps, stages = max(warps, 4), 1
+        fits = self.is_short and (kernel == "far_gradients" or self.features <= _SLIM)
+        if kernel in ("far_gradients", "query_gradients") and not fits:
+            stages = 1
         return {"warps": warps, "stages": stages}
 
     def columns(self, kernel):
@@ -152,9 +160,14 @@ class Plan:
         return self.tile if self.target == "tpu" else min(_COLUMNS[kernel], self.tile)
 
     @property
+    def features(self):
+        """The most features of a tile."""
+        return max(self.head, self.values)
+
+    @property
     def is_large(self):
         """Whether a program's tiles take the room of twice as many in half precision."""
-        return self.dtype == "float32" or max(self.head, self.values) > _WIDE
+        return self.dtype == "float32" or self.features > _WIDE
 
     # --- tiles
 
@@ -203,6 +216,26 @@ class Plan:
         return self.state_parts * self.values
 
     @property
+    def products(self):
+        """Products that the gradient of an edge takes."""
+        return self.steps * self.state_parts * (2 if self.reversible else 1)
+
+    @property
+    def is_short(self):
+        """Whether a tile's states of all steps find room beside the work on them."""
+        return self.products <= _KEPT
+
+    @property
+    def is_long(self):
+        """Whether products over all steps are a loop, and not one piece of code.
+
+        A product in float32 is no instruction of its own: there, compiling takes long.
+        """
+        return self.products > (
+            _SINGLE_PRECISION_PRODUCTS if self.dtype == "float32" else _PRODUCTS
+        )
+
+    @property
     def is_wide(self):
         """Whether weights, before the division by the degree, leave the range of the dtype."""
         return self.dtype == "float16" and (self.exponential or self.biased)
@@ -230,6 +263,13 @@ class Plan:
     def listed(self):
         """Places in a head's lists; see `lists.reverse_lists`."""
         return (self.size * self.slots // self.entries + self.blocks) * self.entries
+
+
+def most_places(query_shape, config):
+    """At most so many places do all lists of a call have; see `Plan.listed`."""
+    batch, size, heads, _ = query_shape
+    entries = size * config.slots
+    return batch * heads * (2 * entries + (ceil_div(size, config.neighbor_block) + 1) * _ENTRIES)
 
 
 def padded(size, multiple=None):

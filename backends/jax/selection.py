@@ -14,9 +14,9 @@ from keras_rwr.backends.jax.plan import ceil_div, padded
 from keras_rwr.backends.jax.selection_kernels import LANES, NO_BLOCK, select_blocks
 
 # Queries in a tile, and warps, in half precision and in float32.
-_TILE, _WARPS, _STAGES = 128, 8, 2
+_TILE, _WARPS, _STAGES = 64, 4, 3
 # In half precision, more blocks than these are compared by groups.
-_FEW_BLOCKS, _GROUP = 512, 2
+_FEW_BLOCKS, _GROUP = 2048, 2
 _SINGLE_PRECISION_TILE, _SINGLE_PRECISION_WARPS = 32, 4
 
 

@@ -6,6 +6,8 @@ rows, and a row `(1, M)` where they are columns. Scales are `1 / max(|x|, 1e-6)`
 A kernel is a function `kernel(plan, refs, out)` of dicts of references; what a call lacks is None.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -32,7 +34,7 @@ def dot(x, y):
 
 def features(plan, part):
     """The features of one of a state's parts."""
-    return pl.ds(part * plan.values, plan.values)
+    return aligned(part * plan.values, plan.values)
 
 
 # --- positions -----------------------------------------------------------------------------------
@@ -140,6 +142,58 @@ def far_sum(plan, refs, name):
             total = add(slot, total)
         return total
     return jax.lax.fori_loop(0, plan.slots, add, total)
+
+
+# --- states of all steps -------------------------------------------------------------------------
+
+
+def rows_of_step(plan, refs, name, step, part, rows):
+    """Rows of one part of one step's state; those of a long walk stand one behind the other."""
+    columns = features(plan, part)
+    if not plan.is_long:
+        return refs[f"{name}{step}"][rows, columns]
+    first = step * plan.padded_size
+    if isinstance(rows, jax.Array):
+        return refs[name][first + rows, columns]
+    return refs[name][pl.ds(first + rows.start, rows.size), columns]
+
+
+def listed_rows_of_step(plan, refs, name, step, part, places):
+    """The rows of one part of one step's state that belong to a chunk's entries."""
+    if plan.target != "tpu":
+        positions = jnp.maximum(refs["positions"][places, 0], 0)
+        return rows_of_step(plan, refs, name, step, part, positions)
+    name = f"listed_{name}"  # in the order of the lists
+    if not plan.is_long:
+        return refs[f"{name}{step}"][places, features(plan, part)]
+    places = pl.ds(step * plan.listed + places.start, places.size)
+    return refs[name][places, features(plan, part)]
+
+
+def load_states(plan, refs, name, rows):
+    """A function of step and part that gives these rows; those of few steps are loaded once."""
+    load = functools.partial(rows_of_step, plan, refs, name, rows=rows)
+    if not plan.is_short:
+        return load
+    loaded = [[load(step, part) for part in range(plan.state_parts)] for step in range(plan.steps)]
+    return lambda step, part: loaded[step][part]
+
+
+def sum_over_steps(plan, left, right, shape):
+    """Sums `left(step, part) right(step, part)^T` over the steps and the parts of a state."""
+    total = jnp.zeros(shape, jnp.float32)
+    if plan.is_long:
+
+        def add(index, total):
+            step = jax.lax.div(index, plan.state_parts)
+            part = jax.lax.rem(index, plan.state_parts)
+            return total + dot(left(step, part), right(step, part).T)
+
+        return jax.lax.fori_loop(0, plan.steps * plan.state_parts, add, total)
+    for step in range(plan.steps):
+        for part in range(plan.state_parts):
+            total += dot(left(step, part), right(step, part).T)
+    return total
 
 
 # --- edges ---------------------------------------------------------------------------------------
