@@ -14,7 +14,7 @@ from keras_rwr.backends.tensorflow.plan import ceil_div, sizes
 
 _ENTRIES = 16  # R
 # Numbers gathered at once: it bounds the largest buffer, whatever the length.
-_GATHERED = 2**25
+_GATHERED = 2**23
 # In blocks of fewer keys, what an entry gets from its block is larger than what it takes there, so
 # that sums go over the entries of a query instead.
 _NARROW = 4
