@@ -271,9 +271,9 @@ def test_a_peer_without_memory_is_reported_and_the_rest_measured(peer, variants,
 
 
 def test_the_check_is_on_tokens_outside_the_window():
-    assert tiny().small().tokens == 29
+    assert tiny().small().tokens == 30
     assert tiny(batch=64).small().batch == 2
-    assert Case(tokens=4096).small().tokens == 389
+    assert Case(tokens=4096).small().tokens == 390
 
 
 def test_naming_the_device_in_use_copies_no_tensor():
