@@ -28,7 +28,7 @@ def run(kernel, grid, *arguments, **constants):
         x if x is number else (x.dtype, number % 16)
         for x, number in zip(arguments, numbers, strict=True)
     ]
-    key = (kernel, device, *constants.values(), *kinds)
+    key = (kernel.fn, device, *constants.values(), *kinds)
     known = _compiled.get(key)
     if known is None:
         # Triton fuses multiplication and addition anyway, but wants to be told.
