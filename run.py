@@ -5,8 +5,8 @@
     python3 run.py test [arguments of pytest]
 
 `ablation` trains R0 to R4 of a small GPT-2 and leaves a table and a picture in a run folder. `test`
-runs all tests on torch, jax and tensorflow, each in its own process, and those of the Triton
-kernels in one that interprets them on the CPU.
+runs all tests on torch, jax and tensorflow, each in its own process, and those of the Triton and
+of the Pallas kernels in two that interpret them on the CPU.
 
 The environment is `.venv` beside this script. It is made on first use, from pyproject.toml and the
 versions in constraints.txt, and updated only when one of them changes.
@@ -35,8 +35,16 @@ SLOWEST_FIRST = ("tensorflow", "jax", "torch")  # so that no long test process e
 
 # Tests that start processes of their own, with other backends or with none.
 ACROSS_BACKENDS = ("tests/cross_backend", "tests/devices", "tests/packaging")
-# Tests of Triton's kernels, which a process interprets from its start or not at all.
+# Tests of kernels, which a process interprets from its start or not at all: for each backend the
+# process's name and its switch.
 KERNELS = "tests/kernels"
+INTERPRETED = {
+    "torch": ("Triton kernels", "TRITON_INTERPRET"),
+    "jax": ("Pallas kernels", "KERAS_RWR_INTERPRET"),
+}
+# Those of both backends, and how the names of those of one backend alone begin.
+SHARED = (f"{KERNELS}/test_cases.py", f"{KERNELS}/test_guarantees.py")
+PALLAS_ALONE = f"{KERNELS}/test_pallas"
 
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 
@@ -79,9 +87,12 @@ def test(arguments):
         elsewhere = [f"--ignore={x}" for x in (*ACROSS_BACKENDS, KERNELS)]
         paths = single if single else ["tests", *elsewhere]
         runs += [(backend, settings(backend), paths) for backend in SLOWEST_FIRST]
-    if interpreted or not selected:
-        variables = settings("torch", TRITON_INTERPRET="1")
-        runs.append(("kernels", variables, interpreted if interpreted else [KERNELS]))
+    if not selected:
+        interpreted = [KERNELS]
+    for backend, (name, switch) in INTERPRETED.items():
+        paths = [x for x in interpreted if is_interpreted_on(x, backend)]
+        if paths:
+            runs.append((name, settings(backend, **{switch: "1"}), paths))
     if spanning or not selected:
         paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
         runs.append(("across backends", settings(BACKENDS[0]), paths))
@@ -143,6 +154,13 @@ def pytest(python, name, variables, paths, options, captured):
         print(f"\n##### {name}: pytest {' '.join([*paths, *options])}\n{done.stdout}", flush=True)
     seconds = time.monotonic() - started
     return {"name": name, "code": done.returncode, "seconds": seconds, **counts}
+
+
+def is_interpreted_on(path, backend):
+    """Whether a path below `KERNELS` has tests of a backend's kernels."""
+    if path.rstrip("/") == KERNELS or path.startswith(SHARED):
+        return True
+    return path.startswith(PALLAS_ALONE) == (backend == "jax")
 
 
 def read_counts(report):

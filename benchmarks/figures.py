@@ -11,6 +11,10 @@ import sys
 # Name and colour of each peer, in the order of columns.
 PEERS = {
     "rwr-triton": ("keras-rwr", "#c03028"),
+    "rwr-pallas": ("keras-rwr", "#c03028"),
+    "jax-xla": ("XLA", "#1f5f99"),
+    "jax-cudnn": ("cuDNN", "#4fa3d1"),
+    "jax-cudnn-window": ("cuDNN, window alone", "#3a8f4d"),
     "torch-sdpa-flash": ("SDPA flash", "#1f5f99"),
     "torch-sdpa-cudnn": ("SDPA cuDNN", "#4fa3d1"),
     "torch-flex": ("FlexAttention, window + blocks", "#3a8f4d"),

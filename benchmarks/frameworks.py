@@ -1,7 +1,9 @@
 """How each framework compiles, differentiates, waits and counts memory."""
 
+import contextlib
 import gc
 import importlib
+import itertools
 import os
 import pathlib
 import platform
@@ -12,6 +14,10 @@ import time
 import keras
 
 from benchmarks import cases
+
+
+class OutOfMemoryError(RuntimeError):
+    """An accelerator has not enough memory, in a framework without an exception of its own."""
 
 
 class Framework:
@@ -197,6 +203,7 @@ class Jax(Framework):
     name = "jax"
     variants = ("jit",)
     default_variants = ("jit",)
+    out_of_memory = (OutOfMemoryError,)
 
     def prepare(self, function, arrays, cotangent, variant):
         import jax
@@ -216,9 +223,34 @@ class Jax(Framework):
                 output, pullback = jax.vjp(function, *arrays)
                 return [output, *pullback(cotangent)]
 
-        if cotangent is None:
-            return lambda: forward(*arrays)
-        return lambda: forward_and_backward(cotangent, *arrays)
+        def call():
+            with self.telling_out_of_memory():
+                if cotangent is None:
+                    return forward(*arrays)
+                return forward_and_backward(cotangent, *arrays)
+
+        return call
+
+    @staticmethod
+    @contextlib.contextmanager
+    def telling_out_of_memory():
+        """Raises `OutOfMemoryError` where jax raises what it raises for anything else, too."""
+        import jax
+
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OutOfMemoryError(str(error)) from error
+
+    def normal_numbers(self):
+        import jax
+
+        if jax.default_backend() == "cpu":
+            return super().normal_numbers()
+        keys = map(jax.random.key, itertools.count(cases.SEED))
+        return lambda *shape: jax.random.normal(next(keys), shape)
 
     def layer_function(self, layer, **arguments):
         weights = [variable.value for variable in layer.trainable_variables]
@@ -232,7 +264,8 @@ class Jax(Framework):
     def wait(self, result):
         import jax
 
-        jax.block_until_ready(result)
+        with self.telling_out_of_memory():
+            jax.block_until_ready(result)
 
     def device_name(self, device):
         import jax

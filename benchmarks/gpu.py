@@ -1,6 +1,7 @@
-"""Measures the Triton kernels beside torch's and Keras's attention on a GPU, in one run.
+"""Measures our kernels beside their framework's and Keras's attention on a GPU, in one run.
 
     KERAS_BACKEND=torch python -m benchmarks.gpu --out runs/benchmarks
+    KERAS_BACKEND=jax python -m benchmarks.gpu --out runs/benchmarks
     KERAS_BACKEND=torch python -m benchmarks.gpu --sizes 4096 16384 --levels op --modes forward
 
 Batches hold the same number of tokens at all lengths, or one longer sequence. Ratios are times of a
@@ -23,11 +24,18 @@ from benchmarks.run import benchmark, load_peers, option
 from keras_rwr.ablation import STEPS
 from keras_rwr.dispatch import current_device
 
-OURS = "rwr-triton"
+OURS = {"torch": "rwr-triton", "jax": "rwr-pallas"}
 PEERS = {
-    "op": ("torch-sdpa-flash", "torch-sdpa-cudnn", "torch-flex", "keras-gpt2", OURS),
-    "layer": ("keras", "keras-gpt2", OURS),
+    "torch": {
+        "op": ("torch-sdpa-flash", "torch-sdpa-cudnn", "torch-flex", "keras-gpt2", OURS["torch"]),
+        "layer": ("keras", "keras-gpt2", OURS["torch"]),
+    },
+    "jax": {
+        "op": ("jax-xla", "jax-cudnn", "jax-cudnn-window", "keras-gpt2", OURS["jax"]),
+        "layer": ("keras", "keras-gpt2", OURS["jax"]),
+    },
 }
+MEASURES = ("time", "memory")
 SIZES = tuple(1024 * 2**i for i in range(8))
 LAYER_SIZES = SIZES[:4]  # beyond, its projections tell nothing new
 MODES = ("forward", "forward+backward")
@@ -63,8 +71,9 @@ def merge(reports, variant):
     """One report of several."""
     first = reports[0]
     kept = ("environment", "options", "baseline")
+    names = {"eager": "attention-gpu", "jit": "attention-gpu-jax"}
     return {
-        "name": "attention-gpu" if variant == "eager" else f"attention-gpu-{variant}",
+        "name": names.get(variant, f"attention-gpu-{variant}"),
         **{key: first[key] for key in kept},
         "peers": {name: x for report in reports for name, x in report["peers"].items()},
         "parity": [check for report in reports for check in report["parity"]],
@@ -73,19 +82,27 @@ def merge(reports, variant):
 
 
 def measure(
-    groups, names=None, variant="eager", device=None, repeat=7, baseline=OURS, on_case=None
+    groups,
+    names=None,
+    variant=None,
+    device=None,
+    repeat=7,
+    baseline=None,
+    on_case=None,
+    measures=MEASURES,
 ):
     """Checks and measures groups of cases.
 
     Args:
         groups: List of lists of `Case`, what `make_groups` returns.
         names: `None` for `PEERS`, or list of names; each level takes those that it has.
-        variant: String, one of torch's `variants`. A CUDA graph's memory is not measured: it holds
-            all of its own between calls.
+        variant: `None` for the framework's first one, or string, one of its `variants`. A CUDA
+            graph's memory is not measured: it holds all of its own between calls.
         device: `None` for the backend's, or string.
         repeat: Int >= 1. Turns of timing.
-        baseline: String, the peer that ratios refer to.
+        baseline: `None` for ours, or string, the peer that ratios refer to.
         on_case: `None`, or function of the report so far, called after each case.
+        measures: Any of `MEASURES`.
 
     Returns:
         A dict as of `benchmarks.run.benchmark`.
@@ -95,11 +112,18 @@ def measure(
         ValueError: If a peer is unknown or cannot run.
     """
     load_peers(())
+    framework = frameworks.active()
+    variant = framework.default_variants[0] if variant is None else variant
+    baseline = OURS[framework.name] if baseline is None else baseline
     finished = []
     for cases in groups:
         level = cases[0].level
         known = {name for key, name in peers.PEERS if key == level}
-        chosen = PEERS[level] if names is None else [name for name in names if name in known]
+        chosen = (
+            PEERS[framework.name][level]
+            if names is None
+            else [name for name in names if name in known]
+        )
 
         def progress(report):
             if on_case is not None:
@@ -111,7 +135,7 @@ def measure(
                 names=chosen,
                 variants=[variant],
                 device=device,
-                measure=("time",) if variant == "cudagraph" else ("time", "memory"),
+                measure=("time",) if variant == "cudagraph" else tuple(measures),
                 repeat=repeat,
                 baseline=baseline,
                 on_case=progress,
@@ -140,8 +164,13 @@ def parse(arguments):
         help="replaces an option of RWR attention",
     )  # fmt: skip
     parser.add_argument("--peers", nargs="+", help="names")
-    parser.add_argument("--baseline", default=OURS, help=f"what ratios refer to ({OURS})")
-    parser.add_argument("--variant", choices=frameworks.Torch.variants, default="eager")
+    parser.add_argument("--baseline", help="what ratios refer to (ours)")
+    parser.add_argument(
+        "--variant",
+        choices=(*frameworks.Torch.variants, *frameworks.Jax.variants),
+        help="(eager on torch, jit on jax)",
+    )
+    parser.add_argument("--measure", choices=MEASURES, nargs="+", default=list(MEASURES))
     parser.add_argument("--repeat", type=int, default=7, help="turns (7)")
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and CSV")
     parsed = parser.parse_args(arguments)
@@ -155,9 +184,10 @@ def main(arguments=None):
     """The command line's run; returns the exit code."""
     parsed = parse(arguments)
     backend, device = keras.backend.backend(), current_device()
-    if (backend, device) != ("torch", "gpu"):
+    if backend not in OURS or device != "gpu":
         print(
-            f"error: it needs the torch backend and a GPU. Received: {backend} on {device}",
+            f"error: it needs the {' or '.join(OURS)} backend and a GPU. "
+            f"Received: {backend} on {device}",
             file=sys.stderr,
         )
         return 1
@@ -181,6 +211,7 @@ def main(arguments=None):
             repeat=parsed.repeat,
             baseline=parsed.baseline,
             on_case=progress,
+            measures=parsed.measure,
         )
     except (ParityError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,13 @@ from keras_rwr.config import RWRConfig
 from keras_rwr.dispatch import IMPLEMENTATIONS
 
 # The peers that say what is right: every other one is compared with that of its definition.
-DEFINITIONS = {"rwr": "rwr-reference", "dense": "dense-formula", "tiles": "tiles-formula"}
+DEFINITIONS = {
+    "rwr": "rwr-reference",
+    "dense": "dense-formula",
+    "tiles": "tiles-formula",
+    "window": "window-formula",
+}
+HALVES = ("float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +111,15 @@ def refusal(peer, case, device):
     if peer.backend not in (None, keras.backend.backend()):
         return f"it needs the {peer.backend} backend"
     return peer.supports(case, device)
+
+
+def needs_half_on_gpu(case, device):
+    """`Peer.supports` of fused attention."""
+    if device != "gpu":
+        return "it needs a GPU"
+    if case.dtype not in HALVES:
+        return f"it needs {' or '.join(HALVES)}"
+    return None
 
 
 # --- layers

@@ -7,7 +7,7 @@ Every peer is compared with the definition of what it computes first, on few tok
 options; if one differs, nothing is measured. Times include everything from the call's inputs on,
 the graph's construction too. Peers take turns, and ratios are of times of the same turn. Peak
 memory is that of a process of its own, which imports, compiles and makes one call, or that of a
-second call where an accelerator tells. Those of `benchmarks/torch_peers.py` run when named.
+second call where an accelerator tells. Those of `torch_peers.py` and `jax_peers.py` run when named.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import keras
 
 from benchmarks import frameworks, peers
 from benchmarks.cases import LEVELS, Case
-from benchmarks.measure import measure_memory, measure_times, memory_of_one_call
+from benchmarks.measure import OUT_OF_MEMORY, measure_memory, measure_times, memory_of_one_call
 from benchmarks.parity import TOLERANCES, ParityError, check_parity
 from benchmarks.report import environment, table, write
 from keras_rwr.ablation import STEPS
@@ -91,7 +91,7 @@ def benchmark(
             if "memory" in measure:
                 memory = measure_memory(case, chosen, variants, device, modules)
             fields = dataclasses.asdict(case)
-            del fields["options"]
+            del fields["options"], fields["leaning"]
             for peer, variant in itertools.product(chosen, variants):
                 report["results"].append(
                     {
@@ -127,11 +127,15 @@ def answer_memory(request):
     case = Case(**request["case"])
     peer = peers.PEERS[case.level, request["peer"]]
     with on_device(request["device"]) as device:
-        return json.dumps(memory_of_one_call(case, peer, request["variant"], device))
+        try:
+            found = memory_of_one_call(case, peer, request["variant"], device)
+        except frameworks.active().out_of_memory:
+            found = OUT_OF_MEMORY
+    return json.dumps(found)
 
 
 def load_peers(modules):
-    for module in ("benchmarks.torch_peers", *modules):
+    for module in ("benchmarks.torch_peers", "benchmarks.jax_peers", *modules):
         importlib.import_module(module)
 
 

@@ -7,11 +7,10 @@ import numpy as np
 from keras import ops
 
 from benchmarks.cases import SEED
-from benchmarks.peers import Peer, masked_formula, op_builder, register
+from benchmarks.peers import Peer, masked_formula, needs_half_on_gpu, op_builder, register
 
 # FlexAttention skips tiles of this many queries by this many keys.
 TILE = 128
-HALVES = ("float16", "bfloat16")
 
 
 def fused_builder(kernel):
@@ -28,14 +27,6 @@ def fused_builder(kernel):
         return output.transpose(1, 2)
 
     return op_builder(attention)
-
-
-def needs_half_on_gpu(case, device):
-    if device != "gpu":
-        return "it needs a GPU"
-    if case.dtype not in HALVES:
-        return f"it needs {' or '.join(HALVES)}"
-    return None
 
 
 # --- FlexAttention

@@ -12,11 +12,14 @@ import numpy as np
 import oracle
 import oracle_gradients
 import torch
-from helpers import SUMMED, attention, errors
+from helpers import BACKEND, SUMMED, attention, compiled, errors, numpy
 from keras import ops
 
 from keras_rwr import dispatch
 from keras_rwr.config import RWRConfig
+
+# The active backend's kernels.
+KERNEL = {"torch": "triton", "jax": "pallas"}.get(BACKEND)
 
 # Twice the rounding of a stored result, 2^-11 and 2^-8: what is left where the eager computation
 # happens to be exact. Float32's is that of `helpers.TOLERANCES`.
@@ -39,7 +42,8 @@ def kernel_tensors(inputs, dtype):
     """Tensors by name as a mixed-precision model has them: activations halved, weights not."""
     arrays = {**inputs.arrays(), "cotangent": inputs.cotangent}
     tensors = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
-    return {name: x.to(dtype) if name in HALF_INPUTS else x for name, x in tensors.items()}
+    half = str(dtype).removeprefix("torch.")
+    return {name: ops.cast(x, half) if name in HALF_INPUTS else x for name, x in tensors.items()}
 
 
 def chosen_neighbors(query, key, options, padding_mask):
@@ -47,11 +51,11 @@ def chosen_neighbors(query, key, options, padding_mask):
     if padding_mask is not None:
         padding_mask = ops.convert_to_tensor(padding_mask)
     config = RWRConfig(**options)
-    neighbors = dispatch.load("triton").select_neighbors(query, key, config, padding_mask)
+    neighbors = dispatch.load(KERNEL).select_neighbors(query, key, config, padding_mask)
     if neighbors is None:
         batch, size, heads, _ = query.shape
         return np.full((batch, heads, size, 1), oracle.NO_BLOCK)
-    return neighbors.cpu().numpy()
+    return ops.convert_to_numpy(neighbors)
 
 
 def run_kernels(case, inputs, dtype):
@@ -61,20 +65,38 @@ def run_kernels(case, inputs, dtype):
     neighbors = chosen_neighbors(tensors["query"], tensors["key"], options, inputs.padding_mask)
     cotangent = tensors.pop("cotangent")
     if not case.discoverability:
-        tensors["discoverability"] = torch.zeros_like(tensors["discoverability"])
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
-    run = attention(inputs, options, "triton", seed=case.seed if options.get("dropout") else None)
-    output = run(*leaves)
-    found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
-    found = [
-        torch.zeros_like(leaf) if gradient is None else gradient
-        for leaf, gradient in zip(leaves, found, strict=True)
+        tensors["discoverability"] = ops.zeros_like(tensors["discoverability"])
+    run = attention(inputs, options, KERNEL, seed=case.seed if options.get("dropout") else None)
+    differentiate = {"torch": torch_gradients, "jax": jax_gradients}[BACKEND]
+    output, *found = differentiate(run, list(tensors.values()), cotangent)
+    kept = [x.dtype for x in (output, *found)] == [
+        cotangent.dtype,
+        *(x.dtype for x in tensors.values()),
     ]
-    kept = [x.dtype for x in (output, *found)] == [dtype, *(leaf.dtype for leaf in leaves)]
     if not kept:
         raise AssertionError(f"dtypes of output and gradients: {[x.dtype for x in found]}")
-    output, *found = (x.detach().double().cpu().numpy() for x in (output, *found))
+    output, *found = (numpy(x).astype("float64") for x in (output, *found))
     return output, dict(zip(tensors, found, strict=True)), neighbors
+
+
+def torch_gradients(run, tensors, cotangent):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = run(*leaves)
+    found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+    return output, *(
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, found, strict=True)
+    )
+
+
+def jax_gradients(run, tensors, cotangent):
+    import jax
+
+    def differentiate(cotangent, *tensors):
+        output, pullback = jax.vjp(run, *tensors)
+        return output, *pullback(cotangent)
+
+    return compiled(differentiate)(cotangent, *tensors)
 
 
 def limits(formula, dtype, cancelling=False):

@@ -2,11 +2,12 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 
-from benchmarks import counters, figures, gpu, parity, peers, run, torch_peers
-from benchmarks.cases import Case
+from benchmarks import counters, figures, frameworks, gpu, parity, peers, run, torch_peers
+from benchmarks.cases import Case, make_inputs
 
 OPTIONS = {"window": 8, "topk": 8, "neighbor_block": 4}
 TINY = ["--tokens", "74", "--heads", "2", "--head-sizes", "8", "--sizes", "37", "74"]
@@ -33,9 +34,11 @@ def test_the_cases_are_those_of_the_table():
         assert (case.heads, case.dtype, case.is_causal) == (12, "bfloat16", True)
         assert case.options["topk"] == 32 and case.options["window"] == 128
     run.load_peers(())
-    for level, names in gpu.PEERS.items():
-        assert all((level, name) in peers.PEERS for name in names)
-        assert set(names) <= set(figures.PEERS)
+    for backend, levels in gpu.PEERS.items():
+        for level, names in levels.items():
+            assert gpu.OURS[backend] in names
+            assert all((level, name) in peers.PEERS for name in names)
+            assert set(names) <= set(figures.PEERS)
 
 
 def test_groups_are_measured_and_what_is_measured_is_kept(monkeypatch, tmp_path):
@@ -63,10 +66,13 @@ def test_groups_are_measured_and_what_is_measured_is_kept(monkeypatch, tmp_path)
     gpu.print_report(report)
 
 
-@pytest.mark.parametrize("command", [gpu, counters])
-def test_without_a_gpu_nothing_runs(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "backends"), [(gpu, "torch or jax"), (counters, "torch")], ids=["gpu", "counters"]
+)
+def test_without_a_gpu_nothing_runs(command, backends, capsys):
     assert command.main([]) == 1
-    assert "error: it needs the torch backend and a GPU. Received: " in capsys.readouterr().err
+    expected = f"error: it needs the {backends} backend and a GPU. Received: "
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--sizes", "0"], ["--tokens", "0"], ["--repeat", "-1"]])
@@ -154,7 +160,7 @@ def test_flex_attention_gets_one_shape_for_all_lengths(monkeypatch):
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_every_peer_of_the_table_computes_what_it_says(head_size):
     run.load_peers(())
-    for level, names in gpu.PEERS.items():
+    for level, names in gpu.PEERS[keras.backend.backend()].items():
         case = Case(
             tokens=1024,
             level=level,
@@ -166,7 +172,43 @@ def test_every_peer_of_the_table_computes_what_it_says(head_size):
             options={"window": 128, "topk": 32},
         )
         chosen, _ = peers.select(case, "gpu", names)
-        parity.check_parity(case, chosen, ["eager"])
+        parity.check_parity(case, chosen, frameworks.active().default_variants)
+
+
+# --- jax's attention
+
+
+def test_attention_on_a_window():
+    """The formula that cuDNN's is compared with, and XLA's with a window beside it."""
+    run.load_peers(())
+    case = Case(tokens=37, level="op", heads=2, head_size=8, options=OPTIONS)
+    position = np.arange(37)
+    distance = position[:, None] - position
+    near = np.where((distance >= 0) & (distance <= 8), 0.0, -np.inf)
+    query, key, value = (make_inputs(case)[name][0] for name in ("query", "key", "value"))
+    logits = np.einsum("qnh,knh->nqk", query, key) * 8**-0.5 + near
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("nqk,knh->qnh", weights, value)
+    variant = frameworks.active().default_variants[0]
+    (found,) = parity.results(case, peers.PEERS["op", "window-formula"], variant)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_jaxs_peers():
+    run.load_peers(())
+    case = Case(tokens=37, level="op", heads=2, head_size=8, gradients=True, options=OPTIONS)
+    found = {name: peers.PEERS["op", f"jax-{name}"] for name in ("xla", "cudnn", "cudnn-window")}
+    for name in ("cudnn", "cudnn-window"):
+        assert found[name].supports(case, "cpu") == "it needs a GPU"
+        assert found[name].supports(case, "gpu") == "it needs float16 or bfloat16"
+    both_ways = Case(tokens=37, level="op", dtype="bfloat16", is_causal=False)
+    assert "reaches back" in found["cudnn-window"].supports(both_ways, "gpu")
+    if keras.backend.backend() == "jax":
+        (check,) = parity.check_parity(case, [found["xla"]], ["jit"])
+        assert check["error"] <= check["tolerance"]
+    else:
+        assert "jax backend" in peers.refusal(found["xla"], case, "gpu")
 
 
 # --- tables and the picture

@@ -9,17 +9,31 @@ import numpy as np
 import oracle
 import pytest
 import test_properties as properties
-import torch
-from helpers import TOLERANCES, assert_close, attention, attention_gradients, case
-
-# R1 to R4, each with the granularity of its neighbours.
-every_setup = pytest.mark.parametrize(
-    ("step", "block"), [("R1", 16), ("R2", 1), ("R3", 16), ("R4", 1)]
+from helpers import (
+    BACKEND,
+    TOLERANCES,
+    assert_close,
+    attention,
+    attention_gradients,
+    case,
+    compiled,
+    numpy,
 )
+from keras import ops
+from precision import KERNEL
+
+# R1 to R4, each with the granularity of its neighbours. What Pallas interprets takes seconds to
+# compile: there, half of them.
+SETUPS = [("R1", 16), ("R3", 16), ("R2", 1), ("R4", 1)]
+if BACKEND == "jax":
+    SETUPS = SETUPS[:2]
+every_setup = pytest.mark.parametrize(("step", "block"), SETUPS)
 
 
 def make(step, block, **options):
     """A step of the ablation, as short as its window and neighbours allow."""
+    if BACKEND == "jax":
+        options = {"steps": 2, **options}
     made = properties.make_case(step, block, **options)
     sizes = {
         "batch": 1,
@@ -35,13 +49,18 @@ def runner(made, seed=None, **tiles):
     """A function of query, key and value, in NumPy."""
     inputs = made.inputs
     weights = (inputs.discoverability, inputs.concentration, inputs.lens_strength)
-    u, kappa, gamma = map(torch.tensor, weights)
+    u, kappa, gamma = map(ops.convert_to_tensor, weights)
     u = u if made.discoverability else None
+    options = {**dict(made.options), **tiles}
+
+    def attend(query, key, value, gamma):
+        run = attention(inputs, options, KERNEL, seed=seed)
+        return run(query, key, value, u, kappa, gamma)
+
+    attend = compiled(attend)
 
     def run(query=inputs.query, key=inputs.key, value=inputs.value, gamma=gamma):
-        options = {**dict(made.options), **tiles}
-        attend = attention(inputs, options, "triton", seed=seed)
-        return attend(*map(torch.tensor, (query, key, value)), u, kappa, gamma).numpy()
+        return numpy(attend(*map(ops.convert_to_tensor, (query, key, value, gamma))))
 
     return run
 
@@ -79,29 +98,29 @@ def test_the_walk_has_its_mass(step, block, is_causal):
 def test_restart_probability_one_adds_the_values():
     made = make("R2", 1, is_causal=True, alpha=1.0)
     run = runner(made)
-    local = run(gamma=torch.zeros(1))
+    local = run(gamma=np.zeros(1, "float32"))
     expected = local + made.inputs.lens_strength[:, None] * made.inputs.value
     assert_close(run(), expected, TOLERANCES["output"])
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "both ways"])
 def test_a_wide_window_without_walk_is_multi_head_attention(is_causal):
-    properties.test_a_wide_window_without_walk_is_multi_head_attention("R1", is_causal, "triton")
+    properties.test_a_wide_window_without_walk_is_multi_head_attention("R1", is_causal, KERNEL)
 
 
 # --- padding and degenerate inputs ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("step", "block", "pattern"),
-    [
-        ("R1", 16, "left"),
-        ("R1", 16, "holes"),
-        ("R2", 1, "right"),
-        ("R3", 16, "holes"),
-        ("R4", 1, "left"),
-    ],
-)
+PADDINGS = [
+    ("R1", 16, "left"),
+    ("R3", 16, "holes"),
+    ("R1", 16, "holes"),
+    ("R2", 1, "right"),
+    ("R4", 1, "left"),
+]
+
+
+@pytest.mark.parametrize(("step", "block", "pattern"), PADDINGS[: 2 if BACKEND == "jax" else None])
 def test_padding_content_changes_nothing(step, block, pattern):
     made = make(step, block, is_causal=pattern != "holes")
     mask = properties.padding_patterns(1, made.inputs.query.shape[1])[pattern]
@@ -112,7 +131,7 @@ def test_padding_content_changes_nothing(step, block, pattern):
             for array in arrays.values():
                 array[~mask] = content
         inputs = replace(made.inputs, padding_mask=mask, **arrays)
-        run = attention(inputs, dict(made.options), "triton")
+        run = attention(inputs, dict(made.options), KERNEL)
         output, gradients = attention_gradients(run, inputs, made.discoverability)
         results.append({"output": output, **gradients})
     before, after = results
@@ -122,17 +141,17 @@ def test_padding_content_changes_nothing(step, block, pattern):
             assert not array[~mask].any() and array[mask].any(), name
 
 
-@pytest.mark.parametrize("step", ["R3", "R4"])
+@pytest.mark.parametrize("step", ["R3", "R4"][: 1 if BACKEND == "jax" else None])
 def test_degenerate_inputs_stay_finite(step):
-    properties.test_degenerate_inputs_stay_finite(step, 16, "triton")
+    properties.test_degenerate_inputs_stay_finite(step, 16, KERNEL)
 
 
-@pytest.mark.parametrize("step", ["R1", "R2", "R3", "R4"])
+@pytest.mark.parametrize("step", ["R1", "R2", "R3", "R4"][: 2 if BACKEND == "jax" else None])
 def test_one_token(step):
-    properties.test_one_token(step, "triton", is_causal=step != "R2")
+    properties.test_one_token(step, KERNEL, is_causal=step != "R2")
 
 
-@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("reversible", [False, True][: 1 if BACKEND == "jax" else None])
 def test_isolated_tokens_stay_where_they_are(reversible):
     # The queries from the 11th on point away from every key, and no token before looks at them.
     made = case(
@@ -154,7 +173,7 @@ def test_isolated_tokens_stay_where_they_are(reversible):
     results = []
     for gamma in (inputs.lens_strength, np.zeros(1, "float32")):
         changed = replace(inputs, lens_strength=gamma)
-        run = attention(changed, dict(made.options), "triton")
+        run = attention(changed, dict(made.options), KERNEL)
         results.append(attention_gradients(run, changed, discoverability=False))
     (output, gradients), (local, local_gradients) = results
     mass = oracle.walk_mass(made.oracle_options)
@@ -174,7 +193,7 @@ def test_the_same_inputs_give_the_same_bits():
     made = make("R3", 16, is_causal=True, dropout=0.2)
     results = []
     for _ in range(2):
-        run = attention(made.inputs, dict(made.options), "triton", seed=(5, 6))
+        run = attention(made.inputs, dict(made.options), KERNEL, seed=(5, 6))
         output, gradients = attention_gradients(run, made.inputs)
         results.append([output, *gradients.values()])
     for first, second in zip(*results, strict=True):
@@ -188,12 +207,15 @@ def test_dropout_is_the_seeds_alone():
     assert not np.allclose(runner(made, seed=(6, 6))(), first)
     # One piece of a larger call: the second batch entry's second head.
     arrays = [
-        torch.tensor(np.tile(x, (2, 1, 2, 1)))
+        ops.convert_to_tensor(np.tile(x, (2, 1, 2, 1)))
         for x in (made.inputs.query, made.inputs.key, made.inputs.value)
     ]
     options = dict(made.options)
-    whole = attention(made.inputs, options, "triton", seed=(5, 6))(*arrays, None, 20.0, 0.3)
-    piece = attention(made.inputs, options, "triton", seed=(5, 6, 1, 1))
-    output = piece(*(x[1:, :, 1:] for x in arrays), None, 20.0, 0.3)
-    assert torch.equal(output, whole[1:, :, 1:])
-    assert not torch.equal(whole[:1, :, :1], whole[1:, :, 1:])
+    run = attention(made.inputs, options, KERNEL, seed=(5, 6))
+    whole = compiled(lambda *x: run(*x, None, 20.0, 0.3))(*arrays)
+    piece = attention(made.inputs, options, KERNEL, seed=(5, 6, 1, 1))
+    output = numpy(compiled(lambda *x: piece(*x, None, 20.0, 0.3))(*(x[1:, :, 1:] for x in arrays)))
+    whole = numpy(whole)
+    # What compilers make of other shapes may round otherwise.
+    assert_close(output, whole[1:, :, 1:], TOLERANCES["output"])
+    assert not np.array_equal(whole[:1, :, :1], whole[1:, :, 1:])

@@ -78,11 +78,14 @@ def pytest_arguments(commands):
 @pytest.mark.parametrize(
     ("arguments", "processes"),
     [
-        ([], 5),
-        (["-x"], 5),
+        ([], 6),
+        (["-x"], 6),
         (["tests/test_layer.py::test_one"], 3),
         (["tests/packaging"], 1),
-        (["tests/kernels"], 1),
+        (["tests/kernels"], 2),
+        (["tests/kernels/test_cases.py::test_float32"], 2),
+        (["tests/kernels/test_pallas_lowering.py"], 1),
+        (["tests/kernels/test_selection.py"], 1),
     ],
 )
 def test_test_runs_a_process_a_backend(ready, commands, arguments, processes, monkeypatch):
@@ -95,23 +98,27 @@ def test_test_runs_a_process_a_backend(ready, commands, arguments, processes, mo
 
 def test_a_process_without_a_report_is_a_failure(ready, commands, capsys):
     assert run.main(["test"]) == 1
-    assert capsys.readouterr().out.endswith("0 passed, 5 failed, 0 skipped\n")
+    assert capsys.readouterr().out.endswith("0 passed, 6 failed, 0 skipped\n")
 
 
 def test_kernels_are_interpreted_and_nothing_else_is(ready, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    interpreted = {}
+    switches = [switch for _, switch in run.INTERPRETED.values()]
+    for switch in switches:
+        monkeypatch.delenv(switch, raising=False)
+    interpreted = []
 
     def pretend(command, env=None, **options):
         if "pytest" in command:
-            interpreted[" ".join(command)] = env.get("TRITON_INTERPRET") == "1"
+            on = [switch for switch in switches if env.get(switch) == "1"]
+            interpreted.append((" ".join(command), env["KERAS_BACKEND"], on))
         return subprocess.CompletedProcess(command, 0, stdout="")
 
     monkeypatch.setattr(run.subprocess, "run", pretend)
     run.main(["test"])
-    assert len(interpreted) == 5
-    for command, is_interpreted in interpreted.items():
-        assert is_interpreted == (" tests/kernels " in command)
+    assert len(interpreted) == 6
+    assert sum(len(on) for _, _, on in interpreted) == 2
+    for command, backend, on in interpreted:
+        assert on == ([run.INTERPRETED[backend][1]] if " tests/kernels " in command else [])
 
 
 def test_counts(tmp_path):
