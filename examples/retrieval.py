@@ -21,6 +21,7 @@ import keras
 import keras_hub
 import numpy as np
 from ablation_report import STYLES
+from ablation_train import NO_DECAY
 from retrieval_data import Batches, Task
 
 import keras_rwr
@@ -117,7 +118,7 @@ def train(run, verbose=0):
         0.0, run.training_steps - warmup, 0.05, warmup_target=run.learning_rate, warmup_steps=warmup
     )
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1, global_clipnorm=1.0)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "lens", "concentr"])
+    optimizer.exclude_from_weight_decay(var_names=NO_DECAY)
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -276,6 +276,14 @@ def test_the_check_is_on_tokens_outside_the_window():
     assert Case(tokens=4096).small().tokens == 390
 
 
+def test_checked_queries_lean_on_their_keys():
+    plain, small = tiny(level="op", tokens=30), tiny(level="op").small()
+    assert plain.shape == small.shape
+    plain, leaning = (make_inputs(case) for case in (plain, small))
+    np.testing.assert_allclose(leaning["query"], plain["query"] + 0.7 * plain["key"], rtol=1e-6)
+    np.testing.assert_array_equal(leaning["key"], plain["key"])
+
+
 def test_naming_the_device_in_use_copies_no_tensor():
     x = ops.ones(3)
     with run.on_device(run.current_device()) as device:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+import triton
 from gpt2_models import ONE_LAYER, VOCABULARY
 from helpers import TOLERANCES, assert_close
 from torch.autograd.gradcheck import GradcheckError, gradcheck
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import keras_rwr
 from keras_rwr import RWRConfig, backends, dispatch
+from keras_rwr.backends.torch.run import is_watched
 from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
 from keras_rwr.ops import rwr_attention
 
@@ -170,6 +172,15 @@ def test_only_what_needs_a_gradient_gets_one():
         assert not attend(*tensors).requires_grad
     keep = [arguments[9] for function, arguments in recorder.calls if len(arguments) > 9]
     assert keep == [False]
+
+
+def test_launches_are_watched_by_hooks_alone():
+    assert not is_watched()
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(print)
+    assert is_watched()
+    hooks.remove(print)
+    assert not is_watched()
 
 
 # --- Keras ---------------------------------------------------------------------------------------
