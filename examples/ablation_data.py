@@ -176,7 +176,7 @@ def write_json(path: Path, value) -> None:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file that is never seen half written."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # studies share files
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
     os.replace(temporary, path)

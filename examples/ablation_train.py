@@ -60,18 +60,23 @@ def build_backbone(step, arguments, overrides=None):
 
 
 def prepare(run_dir, arguments):
-    """Makes what all steps share: vocabulary, tokens and the initial weights of R0."""
+    """Makes what all steps share: vocabulary and tokens."""
     folder = run_dir / "data"
     folder.mkdir(exist_ok=True)
     train_tokens = arguments["training_steps"] * arguments["batch_size"] * arguments["context"]
     tokens = prepare_tokens(folder, arguments, train_tokens)
     for name, values in tokens.items():
         cut_blocks(values, arguments["context"], name)
-    if not (folder / "initial.npz").exists():
+
+
+def initial_weights(folder, arguments):
+    """Path of R0's initial weights, which the first step to be trained makes."""
+    path = folder / f"initial-{arguments['seed']}.npz"
+    if not path.exists():
         keras.utils.set_random_seed(arguments["seed"])
         weights = build_backbone("R0", arguments).weights
-        arrays = {weight.path: weight.numpy() for weight in weights}
-        write_arrays(folder / "initial.npz", arrays)
+        write_arrays(path, {weight.path: weight.numpy() for weight in weights})
+    return path
 
 
 def load_initial(backbone, path):
@@ -155,9 +160,10 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
     if len(validation) > batch_size:  # whole batches, so that one shape is compiled
         validation = validation[: len(validation) // batch_size * batch_size]
 
+    initial = initial_weights(run_dir / "data", arguments)
     keras.utils.set_random_seed(arguments["seed"])
     backbone = build_backbone(step, arguments, config["overrides"][step])
-    load_initial(backbone, run_dir / "data" / "initial.npz")
+    load_initial(backbone, initial)
     model = compile_model(backbone, arguments)
     steps_per_epoch = arguments["evaluate_every"]
     log = RunLog(folder, steps_per_epoch, batch_size * context, arguments["seed"])

@@ -40,7 +40,7 @@ FILES = {
     "table.csv",
     "table.json",
     "table.md",
-    "data/initial.npz",
+    "data/initial-0.npz",
     "data/merges.txt",
     "data/tokens.npz",
     "data/vocabulary.json",
@@ -198,11 +198,11 @@ def test_own_validation_text_vocabulary_and_dtype(main, finished, text, tmp_path
 def test_all_steps_start_from_the_same_weights(finished):
     train = import_module("ablation_train")
     config = json.loads((finished / "config.json").read_text())
-    with np.load(finished / "data" / "initial.npz") as stored:
+    with np.load(finished / "data" / "initial-0.npz") as stored:
         initial = dict(stored)
     keras.utils.set_random_seed(99)
     backbone = train.build_backbone("R3", config["arguments"], config["overrides"]["R4"])
-    train.load_initial(backbone, finished / "data" / "initial.npz")
+    train.load_initial(backbone, finished / "data" / "initial-0.npz")
     weights = {weight.path: weight.numpy() for weight in backbone.weights}
     extra = set(weights) - set(initial)
     assert [path.split("/")[-1] for path in extra] == ["discoverability"]
