@@ -55,6 +55,10 @@ class Framework:
         weights = [variable.value for variable in layer.trainable_variables]
         return (lambda x, *weights: layer(x, x, **arguments)), weights
 
+    def exact(self):
+        """A context in which float32 products are of float32 factors, whatever the inputs are."""
+        return contextlib.nullcontext()
+
     def normal_numbers(self):
         """A function that draws what `make_inputs` takes, from the same seed each time."""
         return cases.normal_numbers()
@@ -230,6 +234,11 @@ class Jax(Framework):
                 return forward_and_backward(cotangent, *arrays)
 
         return call
+
+    def exact(self):
+        import jax
+
+        return jax.default_matmul_precision("highest")  # which `prepare` reads
 
     @staticmethod
     @contextlib.contextmanager

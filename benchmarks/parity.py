@@ -65,7 +65,9 @@ def check_parity(case, chosen, variants):
     expected = {}
     for definition in {peer.definition for peer in chosen}:
         right = peers.PEERS[case.level, peers.DEFINITIONS[definition]]
-        expected[definition] = results(case, right, plain)
+        # A block's score that is off by a TF32 rounding may make a token choose another block.
+        with frameworks.active().exact():
+            expected[definition] = results(case, right, plain)
     checks = []
     for peer in chosen:
         for variant in variants:

@@ -109,7 +109,7 @@ STUDIES = {
             **{"training_steps": 1224, "evaluate_every": 204, "warmup_steps": 100},
             "learning_rate": 6e-4,
         },
-        ablation({name: (0, 1) for name in ("R0", "R1", "R4")}),
+        ablation(dict.fromkeys(("R0", "R1", "R4"), (0, 1))),
     ),
     "long": Study(
         {

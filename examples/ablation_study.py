@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ablation_arguments import ABLATION_DEFAULTS
 from ablation_data import CHOICES, UsageError, write_json
 from ablation_studies import STUDIES
 from gpt2_ablation import check_same, make_config, open_run_folder

@@ -63,12 +63,18 @@ class Run:
         return self.model if self.walk_steps == 0 else f"{self.model}, {self.walk_steps} steps"
 
 
+def small():
+    """A new initializer with GPT-2's spread."""
+    return keras.initializers.RandomNormal(stddev=0.02)
+
+
 def make_attention(run):
     """The attention layer of a model."""
     key_dim = run.width // run.heads
     if run.model == "full":
-        return keras.layers.MultiHeadAttention(run.heads, key_dim)
+        return keras.layers.MultiHeadAttention(run.heads, key_dim, kernel_initializer=small())
     options = {
+        "kernel_initializer": small(),
         "window": run.window,
         "topk": run.topk,
         "neighbor_block": run.neighbor_block,
@@ -86,16 +92,21 @@ def build_model(run, task):
     """A transformer that names a token at each position."""
     inputs = keras.Input((task.tokens,), dtype="int32")
     embedding = keras_hub.layers.TokenAndPositionEmbedding(
-        task.vocabulary_size, task.tokens, run.width
+        task.vocabulary_size,
+        task.tokens,
+        run.width,
+        tie_weights=True,
+        embeddings_initializer=small(),
     )
     x = embedding(inputs)  # (B, S, width)
     for _ in range(run.layers):
         normal = keras.layers.LayerNormalization()(x)
         x = x + make_attention(run)(normal, normal, use_causal_mask=True)
-        hidden = keras.layers.Dense(4 * run.width, "gelu")(keras.layers.LayerNormalization()(x))
-        x = x + keras.layers.Dense(run.width)(hidden)
+        hidden = keras.layers.LayerNormalization()(x)
+        hidden = keras.layers.Dense(4 * run.width, "gelu", kernel_initializer=small())(hidden)
+        x = x + keras.layers.Dense(run.width, kernel_initializer=small())(hidden)
     x = keras.layers.LayerNormalization()(x)
-    return keras.Model(inputs, keras.layers.Dense(task.vocabulary_size)(x))
+    return keras.Model(inputs, embedding.token_embedding(x, reverse=True))
 
 
 def train(run, verbose=0):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import numpy as np
 from keras import ops
@@ -34,7 +35,7 @@ def walk_statistics(model, inputs):
     - `concentration`: kappa, over the heads; for exponential edges only.
 
     Here r is the walk that the layer uses: the reciprocal mix when it is reversible. Matrices are
-    dense, so keep `inputs` to a few short sequences.
+    dense, those of one sequence at a time, so keep `inputs` to a few short sequences.
 
     Args:
         model: A built Keras model or layer: a GPT-2 backbone or task, a classifier, any other.
@@ -150,6 +151,31 @@ def attention_statistics(call):
         )
     config, own = call.config, call.weights()
     query, key = call.query_and_key()
+    totals = {}
+    for entry in range(len(real)):
+        one = slice(entry, entry + 1)
+        for name, part in sequence_totals(query[one], key[one], real[one], config, own).items():
+            totals.setdefault(name, []).append(part)
+    found = means(totals)
+    found["lens_strength"] = float(np.mean(own["lens_strength"]))
+    if config.edge_weight == "exponential":
+        found["concentration"] = float(np.mean(own["concentration"]))
+    return found
+
+
+def sequence_totals(query, key, real, config, own):
+    """What one sequence adds to each statistic.
+
+    Args:
+        query: Tensor of shape `(1, S, N, H)`.
+        key: Tensor of shape `(1, S, N, H)`.
+        real: Bool array of shape `(1, S)`, true at real tokens.
+        config: `RWRConfig` of the call.
+        own: Dict, what `RecordedCall.weights` returns.
+
+    Returns:
+        A dict from the name of a statistic to the sum of its values and their number.
+    """
     graph = graphs.build_sparse_w(
         query,
         key,
@@ -159,29 +185,45 @@ def attention_statistics(call):
         threshold=config.threshold,
         edge_weight=config.edge_weight,
         concentration=own["concentration"],
-        is_causal=call.is_causal,
-        padding_mask=call.padding_mask,
+        is_causal=config.is_causal,
+        padding_mask=real,
     )
     if config.reversible:
         graph = graphs.reversible(graph)
-    weights = ops.convert_to_numpy(graph.to_dense())  # (B, N, S, S), S_ij
+    weights = graph.to_dense()  # (1, N, S, S), S_ij
     bias = None
     if own["discoverability"] is not None:
-        bias = key_bias(key, own["discoverability"])  # (B, S, N)
-        gain = np.exp(np.swapaxes(ops.convert_to_numpy(bias), 1, 2))  # (B, N, S), g_j
-        weights = weights * gain[:, :, None, :]
+        bias = key_bias(key, own["discoverability"])  # (1, S, N)
+        weights = weights * ops.exp(ops.transpose(bias, (0, 2, 1)))[:, :, None, :]  # times g_j
     graph = graphs.normalize_to_p(graph, bias)
     walk = reference.walk_matrix(
         query, key, config, concentration=own["concentration"], graph=graph
-    )  # (B, N, S, S)
-    found = {
-        **matrix_statistics(weights, ops.convert_to_numpy(walk), real, config),
-        **attention_hits(weights, full_attention(query, key, real, call.is_causal), real, config),
-        "lens_strength": float(np.mean(own["lens_strength"])),
+    )  # (1, N, S, S)
+    return {
+        **matrix_totals(weights, walk, real, config),
+        **hit_totals(weights, full_attention(query, key, real, config.is_causal), real, config),
     }
-    if config.edge_weight == "exponential":
-        found["concentration"] = float(np.mean(own["concentration"]))
+
+
+def means(totals):
+    """Floats by name of lists of (sum, number) by name; 0 for a mean of nothing."""
+    found = {}
+    for name, parts in totals.items():
+        total, number = (math.fsum(float(x) for x in column) for column in zip(*parts, strict=True))
+        found[name] = total / number if number > 0 else 0.0
     return found
+
+
+def total_of(values, chosen):
+    """The sum of the values that are chosen, and their number.
+
+    Args:
+        values: Tensor.
+        chosen: Bool tensor of the same shape, or of one that broadcasts to it.
+    """
+    chosen = ops.broadcast_to(chosen, ops.shape(values))
+    rows = ops.sum(ops.where(chosen, values, 0.0), -1)  # the rest in float64
+    return ops.convert_to_numpy(rows).sum(dtype="float64"), ops.convert_to_numpy(chosen).sum()
 
 
 def full_attention(query, key, real, is_causal):
@@ -194,47 +236,44 @@ def full_attention(query, key, real, is_causal):
         is_causal: Bool. Whether later keys are left out.
 
     Returns:
-        Float array of shape `(B, N, S, S)`; zeros in a row without a key.
+        Tensor of shape `(B, N, S, S)`; zeros in a row without a key.
     """
     query, key, _ = prepare(query, key, None)  # (B, N, S, H)
     logits = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) / query.shape[-1] ** 0.5
-    logits = ops.convert_to_numpy(logits).astype("float64")
-    seen = np.broadcast_to(real[:, None, None, :], logits.shape)
+    seen = real[:, None, None, :]
     if is_causal:
-        seen = np.tril(seen)
-    logits = np.where(seen, logits, -np.inf)
-    highest = logits.max(-1, keepdims=True)
-    weights = np.exp(logits - np.where(np.isfinite(highest), highest, 0.0))
-    total = weights.sum(-1, keepdims=True)
-    return weights / np.where(total > 0, total, 1.0)
+        seen = np.logical_and(seen, np.tri(real.shape[1], dtype=bool))
+    # A row without a key has no logit near its peak, so that all of its weights are 0.
+    logits = ops.where(seen, logits, -1e30)
+    weights = ops.exp(logits - ops.maximum(ops.amax(logits, -1, keepdims=True), -1e20))
+    total = ops.sum(weights, -1, keepdims=True)
+    return weights / ops.where(total > 0, total, 1.0)
 
 
-def attention_hits(weights, attention, real, config):
+def hit_totals(weights, attention, real, config):
     """How well edges meet the keys that full attention looks at; see `walk_statistics`.
 
     Args:
-        weights: Array of shape `(B, N, S, S)`, above 0 on edges.
-        attention: Array of shape `(B, N, S, S)`, full attention's weights, 0 where it cannot look.
+        weights: Tensor of shape `(B, N, S, S)`, above 0 on edges.
+        attention: Tensor of shape `(B, N, S, S)`, full attention's weights, 0 where it cannot look.
         real: Bool array of shape `(B, S)`, true at real tokens.
         config: `RWRConfig`.
 
     Returns:
-        A dict with `hit_rate` and `attention_on_edges`.
+        A dict from `hit_rate` and `attention_on_edges` to their sums and numbers.
     """
-    linked = weights > 0
-    rows = np.broadcast_to(real[:, None, :], linked.shape[:-1])
-    far = np.where(outside(linked.shape[-1], config), attention, 0.0)
-    hits = 0.0
+    linked = ops.cast(ops.convert_to_tensor(weights) > 0, "float32")
+    attention = ops.convert_to_tensor(attention)
+    on_edges = ops.sum(attention * linked, -1)  # (B, N, S)
+    found = {"hit_rate": (0.0, 0), "attention_on_edges": total_of(on_edges, real[:, None])}
     if config.topk > 0:
-        count = min(config.topk, far.shape[-1])
-        top = np.argpartition(-far, count - 1, axis=-1)[..., :count]
-        enough = np.logical_and(rows, (far > 0).sum(-1) >= config.topk)
-        found = np.take_along_axis(linked, top, axis=-1).mean(-1)
-        hits = float(found[enough].mean()) if enough.any() else 0.0
-    return {
-        "hit_rate": hits,
-        "attention_on_edges": float((attention * linked).sum(-1)[rows].mean()),
-    }
+        far = ops.where(outside(real.shape[1], config), attention, 0.0)
+        count = min(config.topk, real.shape[1])
+        _, top = ops.top_k(far, count)
+        hits = ops.mean(ops.take_along_axis(linked, top, axis=-1), -1)
+        enough = ops.sum(ops.cast(far > 0, "int32"), -1) >= config.topk
+        found["hit_rate"] = total_of(hits, ops.logical_and(enough, real[:, None]))
+    return found
 
 
 def outside(size, config):
@@ -243,29 +282,30 @@ def outside(size, config):
     return np.abs(positions[:, None] - positions[None, :]) > config.window
 
 
-def matrix_statistics(weights, walk, real, config):
+def matrix_totals(weights, walk, real, config):
     """The statistics of dense matrices; see `walk_statistics`.
 
     Args:
-        weights: Array of shape `(B, N, S, S)`, `S_ij g_j`.
-        walk: Array of shape `(B, N, S, S)`, `r_ij`.
+        weights: Tensor of shape `(B, N, S, S)`, `S_ij g_j`.
+        walk: Tensor of shape `(B, N, S, S)`, `r_ij`.
         real: Bool array of shape `(B, S)`, true at real tokens.
         config: `RWRConfig`.
 
     Returns:
-        A dict from the name of a statistic to a float.
+        A dict from the name of a statistic to the sum of its values and their number.
     """
-    degree = weights.sum(-1, dtype="float64")  # (B, N, S)
-    rows = np.broadcast_to(real[:, None, :], degree.shape)
+    weights, walk = ops.convert_to_tensor(weights), ops.convert_to_tensor(walk)
+    degree = ops.sum(weights, -1)  # (B, N, S)
     isolated = degree <= (1e-6 if config.edge_weight == "cosine" else 0.0)
-    linked = np.logical_and(rows, ~isolated)
-    shares = walk.astype("float64")
-    shares = shares / shares.sum(-1, keepdims=True)  # p_ij
-    entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1)
+    rows = ops.broadcast_to(real[:, None], ops.shape(degree))
+    shares = walk / ops.sum(walk, -1, keepdims=True)  # p_ij
+    entropy = -ops.sum(shares * ops.log(ops.where(shares > 0, shares, 1.0)), -1)
+    edges = ops.sum(ops.cast(weights > 0, "float32"), -1)
+    beyond = ops.sum(ops.where(outside(real.shape[1], config), shares, 0.0), -1)
     return {
-        "degree": float(degree[linked].mean()) if linked.any() else 0.0,
-        "edges": float((weights > 0).sum(-1)[rows].mean()),
-        "outside_window": float((shares * outside(weights.shape[-1], config)).sum(-1)[rows].mean()),
-        "entropy": float(entropy[rows].mean()),
-        "isolated": float(isolated[rows].mean()),
+        "degree": total_of(degree, ops.logical_and(rows, ops.logical_not(isolated))),
+        "edges": total_of(edges, rows),
+        "outside_window": total_of(beyond, rows),
+        "entropy": total_of(entropy, rows),
+        "isolated": total_of(ops.cast(isolated, "float32"), rows),
     }

@@ -15,7 +15,11 @@ import keras_rwr
 from keras_rwr.dispatch import current_device
 from keras_rwr.ops import rwr_attention
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # What JAX says of the lowering that these kernels take on GPUs, see CONTRIBUTING.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 R3 = {"reversible": True, "reciprocal_beta": 0.7}
 R4 = {"edge_weight": "exponential"}

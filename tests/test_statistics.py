@@ -6,14 +6,16 @@ import math
 import keras
 import numpy as np
 import pytest
+from helpers import numpy
 
 import keras_rwr
 from keras_rwr import RWRConfig
 from keras_rwr.ablation import build_backbone
 from keras_rwr.statistics import (
-    attention_hits,
     full_attention,
-    matrix_statistics,
+    hit_totals,
+    matrix_totals,
+    means,
     walk_statistics,
 )
 
@@ -52,6 +54,11 @@ def looped_statistics(weights, walk, real, config):
     return {name: float(np.mean(value)) for name, value in values.items()}
 
 
+def of(totals):
+    """The means of one part."""
+    return means({name: [part] for name, part in totals.items()})
+
+
 @pytest.mark.parametrize("edge_weight", ["cosine", "exponential"])
 def test_matrix_statistics_equal_loops(edge_weight):
     rng = np.random.default_rng(3)
@@ -63,14 +70,15 @@ def test_matrix_statistics_equal_loops(edge_weight):
     real = np.arange(11)[None, :] < np.array([[11], [8]])
     config = RWRConfig(window=2, topk=0, edge_weight=edge_weight)
     expected = looped_statistics(weights, walk, real, config)
-    actual = matrix_statistics(weights, walk, real, config)
-    assert actual == pytest.approx(expected, rel=1e-12)
+    actual = of(matrix_totals(weights, walk, real, config))
+    assert actual == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_token_has_a_neighbor():
     nothing = np.zeros((1, 1, 3, 3))
     real = np.ones((1, 3), bool)
-    actual = matrix_statistics(nothing, 0.5 * np.eye(3)[None, None], real, RWRConfig(window=1))
+    walk = 0.5 * np.eye(3)[None, None]
+    actual = of(matrix_totals(nothing, walk, real, RWRConfig(window=1)))
     assert actual == dict.fromkeys(NAMES, 0.0) | {"isolated": 1.0}
 
 
@@ -166,7 +174,7 @@ def test_hits_equal_loops(is_causal):
     rng = np.random.default_rng(7)
     query, key = rng.standard_normal((2, 2, 13, 3, 5)).astype("float32")
     real = np.arange(13) < np.array([[13], [9]])
-    attention = full_attention(query, key, real, is_causal)
+    attention = numpy(full_attention(query, key, real, is_causal))
     for b, n, i in np.ndindex(2, 3, 13):
         seen = [j for j in range(13) if real[b, j] and (j <= i or not is_causal)]
         scores = np.exp([query[b, i, n] @ key[b, j, n] / 5**0.5 for j in seen])
@@ -174,9 +182,9 @@ def test_hits_equal_loops(is_causal):
         assert attention[b, n, i].sum() == pytest.approx(1.0)
     weights = rng.random(attention.shape) * (rng.random(attention.shape) < 0.6)
     config = RWRConfig(window=2, topk=4, neighbor_block=1)
-    found = attention_hits(weights, attention, real, config)
-    assert found == pytest.approx(looped_hits(weights > 0, attention, real, config), rel=1e-12)
-    nowhere = attention_hits(weights, attention, real, RWRConfig(window=2, topk=0))
+    found = of(hit_totals(weights, attention, real, config))
+    assert found == pytest.approx(looped_hits(weights > 0, attention, real, config), rel=1e-6)
+    nowhere = of(hit_totals(weights, attention, real, RWRConfig(window=2, topk=0)))
     assert nowhere["hit_rate"] == 0.0
 
 
