@@ -3,12 +3,13 @@
     python examples/ablation_study.py small --dataset texts/ --validation-dataset held_out.txt.xz \\
         --vocabulary gpt2/ --out runs/small
     python examples/ablation_study.py mechanisms --dataset texts/ --runs R4 gamma-1 --seeds 0 1
-    python examples/ablation_study.py small --report docs/ablation
+    python examples/ablation_study.py small --report --out runs/small
 
 `small` is GPT-2 small (124M), `long` a context of 4,096, `mechanisms` a small model with one option
 changed at a time. `--list` prints the runs of a study. Each run is one of `gpt2_ablation.py`, in
 a folder of its own below `--out`; a study that is started again goes on where it stopped.
-`results.csv`, `table.md` and a picture sum up the runs that are there.
+`results.csv`, `table.md` and pictures sum up the runs that are there. Rows of runs whose folders
+are gone stay in `results.csv`, and are not trained again.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from ablation_data import CHOICES, UsageError, write_json
+from ablation_log import read_losses
+from ablation_report import STYLES
 from ablation_studies import STUDIES
 from gpt2_ablation import check_same, make_config, open_run_folder
 
@@ -70,24 +73,23 @@ def train(out, study, name, seed, given):
     import ablation_train
 
     run_dir = out / f"{name}-{seed}"
+    if any((row["run"], row["seed"]) == (name, seed) for row in collect(out)):
+        return
     resume = (run_dir / "config.json").exists()
     stored = open_run_folder(run_dir, resume)
     config = make_config(arguments_of(study, name, seed, given))
     if stored is not None:
         check_same(config, stored)
-    # tokens and initial weights are those of every run
-    shared = out / "data"
-    shared.mkdir(exist_ok=True)
+    ablation_train.prepare(out, config["arguments"])
     if not (run_dir / "data").exists():
-        os.symlink(os.path.relpath(shared, run_dir), run_dir / "data", target_is_directory=True)
-    ablation_train.prepare(run_dir, config["arguments"])
+        # tokens and initial weights are those of every run
+        target = os.path.relpath(out / "data", run_dir)
+        os.symlink(target, run_dir / "data", target_is_directory=True)
     write_json(run_dir / "config.json", config)
-    step = study.runs[name].step
-    if (run_dir / step / "result.json").exists():
-        return
     print(f"\n{name}, seed {seed}", flush=True)
     worker = Path(__file__).with_name("ablation_train.py")
-    subprocess.run([sys.executable, os.fspath(worker), os.fspath(run_dir), step], check=True)
+    command = [sys.executable, os.fspath(worker), os.fspath(run_dir), study.runs[name].step]
+    subprocess.run(command, check=True)
 
 
 def read_run(folder):
@@ -100,8 +102,12 @@ def read_run(folder):
     if not (folder / step / "result.json").exists():
         return None
     result = json.loads((folder / step / "result.json").read_text("utf-8"))
-    statistics = result["statistics"] or {}
-    values = {**statistics, **result}
+    rates = [
+        row["timed_tokens"] / row["timed_seconds"]
+        for row in read_losses(folder / step / "losses.csv")
+        if row["timed_tokens"]
+    ]
+    values = {**(result["statistics"] or {}), **result, "tokens_per_second": np.median(rates)}
     name, _, _ = folder.name.rpartition("-")
     batch_tokens = arguments["batch_size"] * arguments["context"]
     return {
@@ -117,27 +123,37 @@ def read_run(folder):
 
 
 def collect(out):
-    """Writes `results.csv` of the finished runs in a folder and returns its rows."""
-    rows = [row for row in map(read_run, sorted(out.iterdir())) if row is not None]
-    with open(out / RESULTS, "w", newline="", encoding="utf-8") as file:
+    """Brings `results.csv` up to date with the finished runs in a folder and returns its rows."""
+    path = out / RESULTS
+    rows = {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = {(row["run"], int(row["seed"])): row for row in csv.DictReader(file)}
+    for row in map(read_run, sorted(out.iterdir())):
+        if row is not None:
+            rows[row["run"], row["seed"]] = row
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    return read_results(out / RESULTS)
+        writer.writerows(rows[key] for key in sorted(rows))
+    return read_results(path)
 
 
 def read_results(path):
     """The rows of a `results.csv`, with numbers as numbers."""
-    texts = ("run", "step", "options", "positions")
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        {
-            key: value if key in texts else (float(value) if value else None)
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
+        return [{key: number(key, x) for key, x in row.items()} for row in csv.DictReader(file)]
+
+
+def number(key, text):
+    """A cell of `results.csv` as what it means."""
+    if key in ("options", "positions"):
+        return json.loads(text)
+    if key in ("run", "step"):
+        return text
+    if key == "seed":
+        return int(text)
+    return float(text) if text else None
 
 
 def sum_up(rows, study):
@@ -191,6 +207,74 @@ def mean_of(rows, name, form):
     """The mean of a column, formatted; a hyphen where it does not apply."""
     values = [row[name] for row in rows if row[name] is not None]
     return format(float(np.mean(values)), form) if values else "-"
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def draw_losses(path, rows, study):
+    """PNG of the validation perplexities: a line for each run, a dot for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = sum_up(rows, study)
+    figure = Figure(figsize=(7, 1.2 + 0.24 * len(groups)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for height, (name, seeds) in enumerate(groups.items()):
+        perplexities = [math.exp(row["validation_loss"]) for row in seeds]
+        color = STYLES[study.runs[name].step][0]
+        panel.plot(perplexities, [height] * len(seeds), "o", color=color, alpha=0.8)
+    panel.set_yticks(range(len(groups)), list(groups), fontsize=8)
+    panel.invert_yaxis()
+    for row in groups.get(study.baseline, []):
+        panel.axvline(math.exp(row["validation_loss"]), color="#666", linestyle=":")
+    panel.set_xlabel(f"validation perplexity, a dot a seed (dotted: {study.baseline})")
+    panel.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=150)
+
+
+def draw_positions(path, rows, study):
+    """PNG of the perplexity by position against the baseline's, for runs of its seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = {(row["run"], row["seed"]): dict(row["positions"]) for row in rows if row["positions"]}
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for name, run in study.runs.items():
+        pairs = [(run, (study.baseline, seed)) for run, seed in found if run == name]
+        pairs = [((name, base[1]), base) for _, base in pairs if base in found]
+        if name == study.baseline or not pairs:
+            continue
+        positions = sorted(found[pairs[0][0]])
+        changes = [
+            [100 * math.expm1(found[one][x] - found[base][x]) for x in positions]
+            for one, base in pairs
+        ]
+        color, dashes, marker = STYLES[run.step]
+        single = name != run.step
+        panel.plot(
+            positions,
+            np.mean(changes, 0),
+            color=color,
+            linestyle=dashes,
+            marker=marker,
+            markersize=4,
+            markerfacecolor="white" if single else color,
+            label=name,
+        )
+    panel.axhline(0.0, color="#000")
+    panel.set_xlabel("position in the context, tokens")
+    panel.set_ylabel(f"validation perplexity against {study.baseline}, %")
+    panel.grid(alpha=0.3)
+    if panel.lines[1:]:
+        panel.legend()
+    figure.savefig(path, dpi=150)
+
+
+# --- command line --------------------------------------------------------------------------------
 
 
 def parse(arguments=None):
@@ -252,6 +336,8 @@ def main(arguments=None):
             ) from None
     rows = collect(out)
     write_table(out / "table.md", rows, study)
+    draw_losses(out / "losses.png", rows, study)
+    draw_positions(out / "positions.png", rows, study)
     print((out / "table.md").read_text("utf-8"))
 
 
