@@ -10,7 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the machine code, not those of the computation; tests/cross_backend/ compiles with all of them.
 # On a GPU that setting gives wrong results, so it stays off where there is one.
 if shutil.which("nvidia-smi") is None:
-    flags = ["--xla_backend_optimization_level=0"]
+    flags = [
+        "--xla_backend_optimization_level=0",
+        # Small programs gain nothing from being compiled in several parts.
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
     if os.environ.get("KERAS_BACKEND") == "tensorflow":
         # A third of the time again; on jax `helpers.compiled` does so.
         flags.append("--xla_cpu_use_fusion_emitters=false")
