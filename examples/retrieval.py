@@ -100,12 +100,12 @@ def build_model(run, task):
     )
     x = embedding(inputs)  # (B, S, width)
     for _ in range(run.layers):
-        normal = keras.layers.LayerNormalization()(x)
+        normal = keras.layers.LayerNormalization(epsilon=1e-5)(x)
         x = x + make_attention(run)(normal, normal, use_causal_mask=True)
-        hidden = keras.layers.LayerNormalization()(x)
+        hidden = keras.layers.LayerNormalization(epsilon=1e-5)(x)
         hidden = keras.layers.Dense(4 * run.width, "gelu", kernel_initializer=small())(hidden)
         x = x + keras.layers.Dense(run.width, kernel_initializer=small())(hidden)
-    x = keras.layers.LayerNormalization()(x)
+    x = keras.layers.LayerNormalization(epsilon=1e-5)(x)
     return keras.Model(inputs, embedding.token_embedding(x, reverse=True))
 
 

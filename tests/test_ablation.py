@@ -67,7 +67,7 @@ def test_every_step_has_the_variables_of_stock_gpt2():
 
 
 # Compiled steps take milliseconds; eager ones on torch would take four minutes.
-TRAINING_STEPS = {"torch": 200}.get(keras.backend.backend(), 2000)
+TRAINING_STEPS = {"torch": 200}.get(keras.backend.backend(), 1000)
 
 
 @pytest.mark.parametrize("step", ["R2", "R3"])
