@@ -1,5 +1,6 @@
 """The benchmark runner: what it refuses to measure, what it reports. No figure is judged here."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -86,6 +87,32 @@ def test_gradients_take_part(level, variants):
         assert all(np.abs(x).max() > 0 for x in tensors[:4])
         (check,) = parity.check_parity(case, [found], variants)
         assert check["error"] <= check["tolerance"]
+
+
+def test_definitions_alone_are_exact(variants, monkeypatch):
+    framework, results = frameworks.active(), parity.results
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def exact():
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def noting(case, peer, variant):
+        seen.append((peer.name, bool(inside)))
+        return results(case, peer, variant)
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        with framework.exact():
+            assert jax.config.jax_default_matmul_precision == "highest"
+    monkeypatch.setattr(framework, "exact", exact)
+    monkeypatch.setattr(parity, "results", noting)
+    peer = peers.PEERS["op", "rwr-portable"]
+    parity.check_parity(tiny(level="op"), [peer], variants)
+    assert seen == [(peers.DEFINITIONS[peer.definition], True), (peer.name, False)]
 
 
 @pytest.mark.parametrize(
