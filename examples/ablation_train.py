@@ -259,7 +259,27 @@ def mean_statistics(layers):
     return {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that an accelerator has too little memory, on any backend."""
+    names = ("OutOfMemoryError", "ResourceExhaustedError")
+    text = str(error).lower()
+    return type(error).__name__ in names or "resource_exhausted" in text or "out of memory" in text
+
+
+def main(run_folder, step):
+    """Trains one step of a run folder, as a process of its own."""
+    config = json.loads((run_folder / "config.json").read_text("utf-8"))
+    try:
+        train(run_folder, step, config, is_worker=True)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = ", ".join(f"{key}={config['arguments'][key]}" for key in ("batch_size", "context"))
+        sys.exit(
+            f"{step} needs more memory than there is: take a smaller --batch-size or --context. "
+            f"Received: {sizes} ({str(error).splitlines()[0]})"
+        )
+
+
 if __name__ == "__main__":
-    run_folder = Path(sys.argv[1])
-    settings = json.loads((run_folder / "config.json").read_text("utf-8"))
-    train(run_folder, sys.argv[2], settings, is_worker=True)
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -124,6 +124,28 @@ def test_a_run_leaves_all_its_files(finished):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Failed to allocate 8.00GiB\nat executable"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA: 8.00GiB"),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(error, finished, monkeypatch):
+    train = import_module("ablation_train")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(SystemExit, match=r"^R4 needs .* Received: batch_size=2, .*8.00GiB\)$"):
+        train.main(finished, "R4")
+    error.args = ("something else",)
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="something else"):
+            train.main(finished, "R4")
+
+
 def test_losses_are_written_at_each_evaluation(finished):
     read_losses = import_module("ablation_log").read_losses
     for step in ("R0", "R4"):
