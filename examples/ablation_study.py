@@ -73,13 +73,16 @@ def train(out, study, name, seed, given):
     import ablation_train
 
     run_dir = out / f"{name}-{seed}"
-    if any((row["run"], row["seed"]) == (name, seed) for row in collect(out)):
-        return
+    is_finished = any((row["run"], row["seed"]) == (name, seed) for row in collect(out))
     resume = (run_dir / "config.json").exists()
+    if is_finished and not resume:
+        return
     stored = open_run_folder(run_dir, resume)
     config = make_config(arguments_of(study, name, seed, given))
     if stored is not None:
         check_same(config, stored)
+    if is_finished:
+        return
     ablation_train.prepare(out, config["arguments"])
     if not (run_dir / "data").exists():
         # tokens and initial weights are those of every run

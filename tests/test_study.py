@@ -71,6 +71,10 @@ def test_a_study_from_end_to_end(tmp_path, text, capsys, monkeypatch):
     losses = [float(rows[name]["validation_loss"]) for name in ("gamma-1", "R0")]
     assert f"| {100 * math.expm1(losses[0] - losses[1]):+.2f} |" in (out / "table.md").read_text()
 
+    with pytest.raises(SystemExit, match="2"):
+        run(out, "--dataset", text, "--seeds", 0, "--training-steps", 6)
+    assert "training_steps=6 (run: 4)" in capsys.readouterr().err
+
     # Nothing is trained again, with its folder or without; what is asked for besides is.
     (out / "gamma-1-0").rename(tmp_path / "gone")
     trained = []
