@@ -25,8 +25,8 @@ KERNEL = {"torch": "triton", "jax": "pallas"}.get(BACKEND)
 # happens to be exact. Float32's is that of `helpers.TOLERANCES`.
 FLOORS = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # Where rows have one local edge, softmax is constant and the transition nearly so: of the gradients
-# of queries and keys little but roundings is left, divided by small degrees. Autograd subtracts
-# equal numbers there, formulas that keep rows' sums (delta) subtract two roundings of one number.
+# of queries, keys and their biases little but roundings is left, divided by small degrees. Autograd
+# subtracts equal numbers there, formulas that keep rows' sums (delta) two roundings of one number.
 CANCELLING = 32.0
 HALF_INPUTS = ("query", "key", "value", "cotangent")
 
@@ -132,8 +132,8 @@ def limits(formula, dtype, cancelling=False):
     for name, found in eager.items():
         # One number a head, left over from terms that cancel: its error is a matter of luck.
         floor = FLOORS[dtype] * (8.0 if name in SUMMED else 1.0)
-        if cancelling and name in ("query", "key"):
-            floor *= CANCELLING
+        if cancelling and name in ("query", "key", "discoverability"):
+            floor = FLOORS[dtype] * CANCELLING
         allowed[name] = tuple(2.0 * error + floor for error in found)
     return truth, allowed
 

@@ -1,14 +1,25 @@
 """The Pallas kernels on a GPU. Needs one, and KERAS_BACKEND=jax: `pytest -m gpu <this file>`."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import oracle
 import pytest
 import torch
-from helpers import SUM_CASES, TOLERANCES, assert_close, assert_gradients_close, numpy, run_case
+from helpers import (
+    SUM_CASES,
+    TOLERANCES,
+    Case,
+    assert_close,
+    assert_gradients_close,
+    draw_inputs,
+    numpy,
+    run_case,
+)
 from precision import assert_as_exact_as_eager
 
 import keras_rwr
@@ -75,23 +86,45 @@ def test_half_precision(case, dtype):
     assert_as_exact_as_eager(case, dtype)
 
 
-@pytest.mark.parametrize(
-    ("options", "head_size"),
-    [({}, 64), ({**R3, "is_causal": False}, 64), (R4, 128), ({"reversible": True}, 96), ({}, 256)],
-)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_default_sizes(options, head_size, dtype):
-    tensors = draw(2, TOKENS, 3, head_size, dtype=dtype)
-    exact = [x.astype("float32") for x in tensors]
-    found = with_gradients(functools.partial(attend, **options))(*tensors)
-    with jax.default_matmul_precision("highest"):
-        portable = functools.partial(attend, **{**options, "implementation": "portable"})
-        expected = with_gradients(portable)(*exact)
-    tolerance = {"bfloat16": 2e-2, "float16": 2e-3, "float32": TOLERANCES["gradient"]}[dtype]
-    for one, other in zip(found, expected, strict=True):
-        # Near-ties of rounded block means are chosen otherwise by some queries.
-        error = np.linalg.norm(numpy(one) - numpy(other)) / np.linalg.norm(numpy(other))
-        assert error < (tolerance if dtype == "float32" else 5.0 * tolerance)
+class LongCase(Case):
+    """A case whose inputs are any draw: kernels and oracle take the kernels' own neighbours."""
+
+    @property
+    def oracle_options(self):
+        options = {name: x for name, x in self.options if name != "block_size"}
+        return oracle.Options(**options)
+
+    def draw(self):
+        sizes = {"batch": 2, "tokens": TOKENS, "heads": 3, **dict(self.sizes)}
+        inputs = draw_inputs(np.random.default_rng(0), padding=self.padding, **sizes)
+        return dataclasses.replace(inputs, discoverability=0.25 * inputs.discoverability)
+
+
+# Lengths that no tile divides, and heads that no tile holds exactly.
+SETUPS = {
+    "R1": ({}, 64),
+    "R2 of 96": ({"reversible": True}, 96),
+    "R3 both ways": ({**R3, "is_causal": False}, 64),
+    "R4 of 128": (R4, 128),
+    "R1 of 256": ({}, 256),
+    "large blocks": ({"neighbor_block": 64, "topk": 64, "block_size": 64}, 256),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", SETUPS)
+def test_default_sizes(name, dtype):
+    options, head_size = SETUPS[name]
+    options = {"is_causal": True, "window": 128, "topk": 32, "neighbor_block": 16, **options}
+    sizes = {"head_dim": head_size, "value_dim": head_size}
+    case = LongCase(
+        name,
+        tuple(options.items()),
+        tuple(sizes.items()),
+        padding="right",
+        discoverability="R3" in name,
+    )
+    assert_as_exact_as_eager(case, dtype)
 
 
 @pytest.mark.parametrize("options", [{}, {**R3, "dropout": 0.1, "seed": 3}, R4])

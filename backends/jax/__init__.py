@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_rwr.backends.jax.layout import arrange, by_head, pad, restore
-from keras_rwr.backends.jax.plan import Plan, most_places
+from keras_rwr.backends.jax.plan import Plan, most_places, padded
 
 # What the kernels are made for: "gpu", "tpu" (to export only) or "interpreter".
 target = "interpreter" if os.environ.get("KERAS_RWR_INTERPRET") == "1" else "gpu"
@@ -44,11 +44,16 @@ def supports(spec):
         return "its kernels weigh edges as they go and cannot walk on a graph built earlier"
     if not all(isinstance(size, int) for size in spec.query_shape):
         return "its tiles need to know the shape of the query"
-    for name, size in (("head size", spec.query_shape[-1]), ("value size", spec.value_size)):
+    sizes = {"head size": spec.query_shape[-1], "value size": spec.value_size}
+    features = {name: padded(size, config.head_dim_pad) for name, size in sizes.items()}
+    for name, size in features.items():
         if size > _LARGEST_HEAD:
             return f"its tiles hold a {name} of at most {_LARGEST_HEAD}"
-    if config.neighbor_block > _LARGEST_BLOCK:
-        return f"its tiles hold a neighbor_block of at most {_LARGEST_BLOCK}"
+    is_wide = max(features.values()) > _LARGEST_HEAD // 2
+    largest = _LARGEST_BLOCK // 2 if is_wide else _LARGEST_BLOCK
+    if config.neighbor_block > largest:
+        heads = f" with heads beyond {_LARGEST_HEAD // 2}" if is_wide else ""
+        return f"its tiles hold a neighbor_block of at most {largest}{heads}"
     if most_places(spec.query_shape, config) > _LARGEST_INT:
         return f"its lists have at most {_LARGEST_INT} places"
     return None

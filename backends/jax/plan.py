@@ -12,8 +12,9 @@ import jax.numpy as jnp
 _NO_CUT = -2.0
 # Entries of a list that are worked on at once.
 _ENTRIES = 16
-# Products over a walk's steps for which one factor is kept, and that stand in one piece of code.
-_KEPT = 4
+# Products over a walk's steps for which one factor is kept, in at most so many bytes, and that stand
+# in one piece of code.
+_KEPT, _KEPT_BYTES = 4, 64 * 1024
 _PRODUCTS, _SINGLE_PRECISION_PRODUCTS = 24, 8
 # Warps and stages of a kernel on GPUs, for features of at most `_WIDE`.
 _TUNING = {
@@ -83,10 +84,11 @@ class Plan:
         if target == "tpu":
             head, values = max(head, _LANES), max(values, _LANES)
         else:
-            is_small = dtype == jnp.float32 or max(head, values) > _WIDE
-            tile = _SINGLE_PRECISION_TILE if is_small else _TILE
+            doublings = (dtype == jnp.float32) + (max(head, values) > _WIDE)
+            tile = _SINGLE_PRECISION_TILE if doublings else _TILE
             if config.block_size is not None:
-                tile = min(padded(config.block_size), _TILE)
+                largest = _SINGLE_PRECISION_TILE if doublings == 2 else _TILE
+                tile = min(padded(config.block_size), largest)
             tile = min(tile, padded(size))
         return cls(
             batch=batch,
@@ -223,7 +225,8 @@ class Plan:
     @property
     def is_short(self):
         """Whether a tile's states of all steps find room beside the work on them."""
-        return self.products <= _KEPT
+        size = self.tile * self.values * jnp.dtype(self.dtype).itemsize
+        return self.products <= _KEPT and self.products * size <= _KEPT_BYTES
 
     @property
     def is_long(self):

@@ -1,7 +1,7 @@
 """The Pallas kernels lowered for GPUs and for TPUs, without either.
 
 Nothing here runs. A TPU's kernels are Mosaic modules, a GPU's are Triton modules, each in a custom
-call of the exported program.
+call of the exported program. Triton compiles the latter as XLA would.
 """
 
 import contextlib
@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 import keras
 import pytest
+import triton
 from jax import export
+from jaxlib.mlir import ir
+from jaxlib.mlir._mlir_libs import _triton_ext
+from triton.backends.compiler import GPUTarget
 
 from keras_rwr import RWRConfig, dispatch
 from keras_rwr.backends import jax as backend
@@ -26,7 +30,9 @@ CALLS = {
     "R4, long": ({"edge_weight": "exponential", "steps": 25, "dropout": 0.1}, 128, "float16"),
     "single tokens": ({"neighbor_block": 1}, 16, "bfloat16"),
     "heads of 256": ({}, 256, "float32"),
+    "large blocks": ({"neighbor_block": 64, "topk": 64, "block_size": 64}, 256, "float32"),
 }
+SHARED_MEMORY = 227 * 1024  # of a program on an H100 or H200
 KERNELS = {
     "weigh_far_edges",
     "attend_locally",
@@ -109,6 +115,44 @@ def test_nothing_is_as_large_as_all_pairs(monkeypatch):
     assert largest[1] <= 8.0 * largest[0]
 
 
+# --- what they need of a GPU ---------------------------------------------------------------------
+
+
+def compile_gpu_kernels(text, folder):
+    """What Triton makes of a program's GPU kernels for Hopper, by name; each name has a list."""
+    kernels = {}
+    attributes = r'ir = "((?:[^"\\]|\\.)*)", name = "(\w+)", num_stages = (\d+) : i32, num_warps = (\d+)'
+    for code, name, stages, warps in set(re.findall(attributes, text)):
+        code = re.sub(r"\\(\\|[0-9A-F]{2})", unescape, code)
+        with ir.Context() as context:
+            _triton_ext.register_dialect(context)
+            module = ir.Module.parse(code.encode("latin-1")).operation.get_asm()
+        path = folder / f"{name}.ttir"
+        path.write_text(module.replace(f"module @{name}", "module", 1))
+        options = {"num_warps": int(warps), "num_stages": int(stages), "enable_fp_fusion": True}
+        compiled = triton.compile(str(path), target=GPUTarget("cuda", 90, 32), options=options)
+        kernels.setdefault(name, []).append(compiled)
+    return kernels
+
+
+def unescape(match):
+    """A character that MLIR wrote as a backslash and two digits, or as two backslashes."""
+    return "\\" if match[1] == "\\" else chr(int(match[1], 16))
+
+
+@pytest.mark.parametrize("name", ["R1", "R3 both ways", "heads of 256", "large blocks"])
+def test_shared_memory_and_tensor_cores(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = compile_gpu_kernels(lowered("gpu", *CALLS[name], monkeypatch), tmp_path)
+    assert set(kernels) == {*KERNELS, "select_blocks"}
+    for kernel, compiled in kernels.items():
+        for one in compiled:
+            assert one.metadata.shared <= SHARED_MEMORY, kernel
+            if CALLS[name][2] == "bfloat16":
+                multiplies = re.search(r"\b(mma\.sync|wgmma\.mma_async)", one.asm["ptx"])
+                assert bool(multiplies) == (kernel != "finish_adjoint"), kernel
+
+
 # --- what they do not take -----------------------------------------------------------------------
 
 
@@ -123,7 +167,12 @@ def test_nothing_is_as_large_as_all_pairs(monkeypatch):
         ({"query_shape": (1, None, 2, 64)}, "need to know the shape of the query"),
         ({"query_shape": (1, 64, 2, 257)}, "a head size of at most 256"),
         ({"value_size": 300}, "a value size of at most 256"),
+        ({"config": {"head_dim_pad": 512}}, "a head size of at most 256"),
         ({"config": {"neighbor_block": 129, "topk": 129}}, "a neighbor_block of at most 128"),
+        (
+            {"query_shape": (1, 64, 2, 130), "config": {"neighbor_block": 65, "topk": 65}},
+            "a neighbor_block of at most 64 with heads beyond 128",
+        ),
         ({"query_shape": (64, 2**20, 32, 64)}, "its lists have at most 2147483647 places"),
     ],
 )
