@@ -41,8 +41,11 @@ class Study:
     window: int = 128
 
 
+WINDOW_ALONE = {"topk": 0, "lens_strength": 0.0}
+
+
 def ablation(seeds):
-    """R0 to R4, and R1 and R4 with single tokens.
+    """R0 to R4, R1 and R4 with single tokens, the window alone, and what may better R4.
 
     Args:
         seeds: Dict from a run's name to its seeds; others have seed 0.
@@ -53,6 +56,13 @@ def ablation(seeds):
         runs[name] = Run(
             step, {"neighbor_block": 1}, seeds.get(name, (0,)), f"{step}, neighbours one by one"
         )
+    runs["window"] = Run("R1", WINDOW_ALONE, seeds.get("window", (0,)), "the window alone")
+    for name, options in {
+        "gamma-1": {"lens_strength": 1.0},
+        "gamma-1-alpha-0.5": {"lens_strength": 1.0, "alpha": 0.5},
+    }.items():
+        changed = ", ".join(f"{option} {value:g}" for option, value in options.items())
+        runs[name] = Run("R4", options, seeds.get(name, (0,)), f"R4, {changed}")
     return runs
 
 
@@ -61,7 +71,7 @@ def mechanisms():
     three, two = (0, 1, 2), (0, 1)
     runs = {
         "R0": Run("R0", {}, three, "full attention"),
-        "window": Run("R1", {"topk": 0, "lens_strength": 0.0}, two, "the window alone"),
+        "window": Run("R1", WINDOW_ALONE, two, "the window alone"),
         "R1": Run("R1", {}, three, "cosine edges"),
         "reversible": Run(
             "R1", {"reversible": True, "reciprocal_beta": 1.0}, two, "R1, symmetrised"
@@ -99,7 +109,7 @@ def mechanisms():
     return runs
 
 
-_GPU = {"dropout": 0.0, "dtype": "mixed_bfloat16", "validation_tokens": 524288}
+_GPU = {"dropout": 0.0, "dtype": "mixed_bfloat16", "validation_tokens": 1048576}
 
 STUDIES = {
     "small": Study(
@@ -125,7 +135,7 @@ STUDIES = {
             **_GPU,
             **{"layers": 4, "width": 256, "heads": 4, "context": 1024, "batch_size": 16},
             **{"training_steps": 612, "evaluate_every": 204, "warmup_steps": 60},
-            **{"learning_rate": 1e-3, "vocabulary_size": 8192},
+            **{"learning_rate": 1e-3, "vocabulary_size": 8192, "validation_tokens": 524288},
         },
         mechanisms(),
     ),

@@ -1,12 +1,14 @@
 """Trains small models to look things up: full attention, a window alone, and R1 to R4.
 
     python examples/retrieval.py                                      # associative recall
-    python examples/retrieval.py --task pointers --hops 2 --models full R4 --steps 1 2 4 8
+    python examples/retrieval.py --hops 4 --layers 1 --models full R4 --steps 1 2 4 8
     python examples/retrieval.py --tokens 512 --pairs 64 --width 256 --seeds 0 1 2 --out runs/recall
 
-Questions stand anywhere behind what answers them, most of them further away than the window. Each
-line of `results.csv` in the folder is one trained model; a run that is started again trains those
-that are missing. `table.md` and `accuracy.png` sum up.
+Questions stand anywhere behind what answers them, most of them further away than the window. As in
+Zoology (https://arxiv.org/abs/2312.04927), a short causal convolution stands before each attention:
+it lets a token know the one before it, so that one attention finds a key's value. Each line of
+`results.csv` in the folder is one trained model; a run that is started again trains those that are
+missing. `table.md` and `accuracy.png` sum up.
 """
 
 import argparse
@@ -27,7 +29,6 @@ from retrieval_data import Batches, Task
 import keras_rwr
 from keras_rwr.ablation import STEPS
 
-TASKS = ("recall", "pointers")
 MODELS = ("full", "window", *[name for name in STEPS if name != "R0"])
 TEST_SEED, TEST_SEQUENCES = 2**31, 512
 EVALUATIONS = 10
@@ -39,7 +40,6 @@ COLORS = {name: style[0] for name, style in STYLES.items()} | {"full": "#000000"
 class Run:
     """What one line of `results.csv` is about."""
 
-    task: str
     tokens: int
     pairs: int
     symbols: int
@@ -49,6 +49,8 @@ class Run:
     window: int
     topk: int
     neighbor_block: int
+    alpha: float
+    lens_strength: float
     trainable_lens: bool
     layers: int
     width: int
@@ -60,7 +62,18 @@ class Run:
 
     @property
     def label(self):
-        return self.model if self.walk_steps == 0 else f"{self.model}, {self.walk_steps} steps"
+        if self.model in ("full", "window"):
+            return self.model
+        return f"{self.model}, {self.walk_steps} steps"
+
+    @property
+    def walk(self):
+        """The walk's options, for a table."""
+        if self.walk_steps == 0:
+            return ""
+        trained = " at first" if self.trainable_lens else ""
+        neighbors = f"{self.topk} in blocks of {self.neighbor_block}"
+        return f"alpha {self.alpha:g}, gamma {self.lens_strength:g}{trained}, {neighbors}"
 
 
 def small():
@@ -79,6 +92,8 @@ def make_attention(run):
         "topk": run.topk,
         "neighbor_block": run.neighbor_block,
         "steps": run.walk_steps,
+        "alpha": run.alpha,
+        "lens_strength": run.lens_strength,
         "trainable_lens": run.trainable_lens,
     }
     if run.model == "window":
@@ -101,6 +116,9 @@ def build_model(run, task):
     x = embedding(inputs)  # (B, S, width)
     for _ in range(run.layers):
         normal = keras.layers.LayerNormalization(epsilon=1e-5)(x)
+        near = keras.layers.Conv1D(run.width, 3, padding="causal", kernel_initializer=small())
+        x = x + near(normal)
+        normal = keras.layers.LayerNormalization(epsilon=1e-5)(x)
         x = x + make_attention(run)(normal, normal, use_causal_mask=True)
         hidden = keras.layers.LayerNormalization(epsilon=1e-5)(x)
         hidden = keras.layers.Dense(4 * run.width, "gelu", kernel_initializer=small())(hidden)
@@ -117,10 +135,10 @@ def train(run, verbose=0):
         verbose: Keras's.
 
     Returns:
-        A dict with `accuracy` and `loss` on questions of unseen sequences, the best `accuracy` at
-        any evaluation, and `seconds`.
+        A dict with `accuracy` and `loss` on questions of unseen sequences, the `accuracy` on
+        those of all hops, the best at any evaluation, and `seconds`.
     """
-    task = Task(run.task, run.tokens, run.pairs, run.symbols, run.hops)
+    task = Task(run.tokens, run.pairs, run.symbols, run.hops)
     started = time.perf_counter()
     keras.utils.set_random_seed(run.seed)
     model = build_model(run, task)
@@ -141,14 +159,16 @@ def train(run, verbose=0):
         Batches(task, run.batch_size, run.seed),
         epochs=epochs,
         steps_per_epoch=run.training_steps // epochs,
-        validation_data=(sequences, targets, asked.astype("float32")),
+        validation_data=(sequences, targets, (asked > 0).astype("float32")),
         validation_batch_size=run.batch_size,
         shuffle=False,
         verbose=verbose,
     ).history
     questions = run.pairs / run.tokens  # Keras divides the loss by all positions
+    named = model.predict(sequences, run.batch_size, verbose=verbose).argmax(-1)
     return {
         "accuracy": history["val_accuracy"][-1],
+        "all_hops_accuracy": float((named == targets)[asked == run.hops].mean()),
         "best_accuracy": max(history["val_accuracy"]),
         "loss": history["val_loss"][-1] / questions,
         "seconds": time.perf_counter() - started,
@@ -158,7 +178,8 @@ def train(run, verbose=0):
 # --- results -------------------------------------------------------------------------------------
 
 FIELDS = [field.name for field in dataclasses.fields(Run)]
-MEASURED = ["accuracy", "best_accuracy", "loss", "seconds"]
+SUMMED = ("accuracy", "all_hops_accuracy")
+MEASURED = ["accuracy", "all_hops_accuracy", "best_accuracy", "loss", "seconds"]
 
 
 def read_results(path):
@@ -189,22 +210,24 @@ def add_result(path, run, measured):
 
 
 def sum_up(rows):
-    """Lines by everything but the seed: a `Run` and its accuracies, in the order of the rows."""
+    """Lines by everything but the seed: a `Run` and what was measured, in the order of the rows."""
     groups = {}
     for run, measured in rows:
-        groups.setdefault(dataclasses.replace(run, seed=0), []).append(measured["accuracy"])
+        groups.setdefault(dataclasses.replace(run, seed=0), []).append(measured)
     return list(groups.items())
 
 
 def write_report(folder, rows):
     """Writes `table.md` and `accuracy.png` and returns the table."""
-    heads = ["task", "tokens", "pairs", "hops", "model", "width", "seeds", "accuracy", "range"]
+    heads = ["tokens", "pairs", "hops", "layers", "width", "model", "walk", "seeds"]
+    heads += ["accuracy", "range", "all hops"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for run, found in sum_up(rows):
-        hops = run.hops if run.task == "pointers" else "-"
+        accuracies, deepest = ([x[name] for x in found] for name in SUMMED)
         lines.append(
-            f"| {run.task} | {run.tokens} | {run.pairs} | {hops} | {run.label} | {run.width} | "
-            f"{len(found)} | {np.mean(found):.3f} | {min(found):.3f} to {max(found):.3f} |"
+            f"| {run.tokens} | {run.pairs} | {run.hops} | {run.layers} | {run.width} | "
+            f"{run.label} | {run.walk} | {len(found)} | {np.mean(accuracies):.3f} | "
+            f"{min(accuracies):.3f} to {max(accuracies):.3f} | {np.mean(deepest):.3f} |"
         )
     table = "\n".join(lines) + "\n"
     (folder / "table.md").write_text(table, encoding="utf-8")
@@ -213,20 +236,25 @@ def write_report(folder, rows):
 
 
 def draw(path, rows):
-    """PNG of the accuracies: a panel for each task and size, a bar for each model."""
+    """PNG of the accuracies of all hops: a panel for each size, a bar for each model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = {}
     for run, found in sum_up(rows):
-        size = (run.task, run.tokens, run.pairs, run.hops, run.symbols)
-        panels.setdefault(size, []).append((run, found))
+        accuracies = [measured["all_hops_accuracy"] for measured in found]
+        size = (run.tokens, run.pairs, run.symbols, run.hops)
+        panels.setdefault(size, []).append((run, accuracies))
     figure = Figure(figsize=(8, 1.2 + 3.2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for panel, (size, bars) in zip(axes, panels.items(), strict=True):
-        task, tokens, pairs, hops, symbols = size
-        labels = [f"{run.label}\nwidth {run.width}" for run, _ in bars]
+        tokens, pairs, _, hops = size
+        labels = [
+            f"{run.label}\n{run.layers} of {run.width}"
+            + (f"\nalpha {run.alpha:g}, gamma {run.lens_strength:g}" if run.walk else "")
+            for run, _ in bars
+        ]
         means = np.array([np.mean(found) for _, found in bars])
         low, high = (np.array([f(found) for _, found in bars]) for f in (min, max))
         panel.bar(
@@ -236,12 +264,12 @@ def draw(path, rows):
             color=[COLORS[run.model] for run, _ in bars],
             capsize=3,
         )
-        panel.axhline(100 * Task(task, tokens, pairs, symbols, hops).chance, color="#666", ls=":")
-        panel.set_xticks(range(len(bars)), labels, fontsize=8)
+        panel.axhline(100 * Task(*size).chance, color="#666", ls=":")
+        panel.set_xticks(range(len(bars)), labels, fontsize=7, rotation=60 * (len(bars) > 8))
         panel.set_ylim(0, 105)
         panel.set_ylabel("accuracy, %")
-        named = f"{task}, {hops} hops" if task == "pointers" else task
-        panel.set_title(f"{named}: {pairs} pairs in {tokens} tokens (dotted: guessing)")
+        far = f", {hops} hops" if hops > 1 else ""
+        panel.set_title(f"{pairs} pairs in {tokens} tokens{far} (dotted: guessing)")
     figure.savefig(path, dpi=150)
 
 
@@ -256,17 +284,18 @@ def parse(arguments=None):
         allow_abbrev=False,
     )
     add = functools.partial(parser.add_argument, type=int)
-    parser.add_argument("--task", choices=TASKS, default="recall")
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS))
     add("--steps", nargs="+", default=[4], help="walk steps of R1 to R4, each a model (4)")
     add("--seeds", nargs="+", default=[0], help="each a training (0)")
     add("--tokens", default=192, help="length of a sequence (192)")
     add("--pairs", default=16, help="pairs to remember, and questions (16)")
-    add("--symbols", default=127, help="keys, and values, of recall (127)")
-    add("--hops", default=1, help="pointers to follow (1)")
+    add("--symbols", default=127, help="keys, and values, to draw from (127)")
+    add("--hops", default=1, help="pairs from a key to its value, at most (1)")
     add("--window", default=32)
     add("--topk", default=32)
     add("--neighbor-block", default=16)
+    parser.add_argument("--alpha", type=float, default=0.5, help="restart probability (0.5)")
+    parser.add_argument("--lens-strength", type=float, default=1.0, help="the walk's weight (1)")
     parser.add_argument("--trainable-lens", action="store_true", help="train the walk's weight")
     add("--layers", default=2)
     add("--width", default=128)
@@ -299,7 +328,7 @@ def make_runs(given):
             for steps in [0] if model in ("full", "window") else given.steps:
                 runs.append(Run(**fixed, model=model, walk_steps=steps, seed=seed))
     for run in runs:  # before anything is trained
-        Task(run.task, run.tokens, run.pairs, run.symbols, run.hops)
+        Task(run.tokens, run.pairs, run.symbols, run.hops)
         make_attention(run)
     return runs
 
@@ -320,7 +349,7 @@ def main(arguments=None):
         measured = train(run)
         add_result(path, run, measured)
         print(
-            f"{run.task}, {run.label}, seed {run.seed}: accuracy {measured['accuracy']:.3f}, "
+            f"{run.label}, seed {run.seed}: accuracy {measured['accuracy']:.3f}, "
             f"{measured['seconds']:.0f} s",
             flush=True,
         )

@@ -43,36 +43,38 @@ def flags(*more, **changes):
     return [str(x) for name, value in values.items() for x in (f"--{name}", value)] + [*more]
 
 
-@pytest.mark.parametrize(("name", "hops"), [("recall", 1), ("pointers", 1), ("pointers", 3)])
-def test_answers_follow_from_the_pairs(name, hops):
-    task = import_module("retrieval_data").Task(name, 41, 7, 11, hops)
+@pytest.mark.parametrize(("pairs", "hops"), [(7, 1), (8, 2), (6, 6)])
+def test_answers_follow_from_the_pairs(pairs, hops):
+    task = import_module("retrieval_data").Task(41, pairs, 11, hops)
     sequences, targets, asked = task.draw(3, 5)
     assert sequences.shape == targets.shape == asked.shape == (5, 41)
-    assert sequences.max() < task.vocabulary_size and sequences.min() == 0
+    assert sequences.max() < task.vocabulary_size == 23 and sequences.min() == 0
     for sequence, answers, questions in zip(sequences, targets, asked, strict=True):
-        pairs = dict(sequence[:14].reshape(7, 2).tolist())
-        assert len(pairs) == 7
+        told = sequence[: 2 * pairs].reshape(pairs, 2).tolist()
+        meanings = dict(told)
+        assert len(meanings) == pairs and max(meanings) <= 11
         places = np.flatnonzero(questions)
-        assert sorted(sequence[places]) == sorted(pairs) and places.min() >= 14
+        assert sorted(sequence[places]) == sorted(meanings) and places.min() >= 2 * pairs
         for place in places:
-            answer = sequence[place]
-            for _ in range(hops):
-                answer = pairs[answer]
-            assert answers[place] == answer
-        others = np.delete(np.arange(14, 41), places - 14)
+            answer, earlier = sequence[place], pairs
+            for _ in range(questions[place]):
+                now = [key for key, _ in told].index(answer)
+                assert now < earlier  # told after what it points to
+                answer, earlier = meanings[answer], now
+            assert answers[place] == answer > 11
+        found = np.bincount(questions[places], minlength=hops + 1)[1:]
+        assert found.tolist() == [pairs // hops] * hops
+        others = np.delete(np.arange(2 * pairs, 41), places - 2 * pairs)
         assert not sequence[others].any() and not answers[others].any()
-        if name == "pointers":
-            assert sorted(pairs) == sorted(pairs.values()) == list(range(1, 8))
-        else:
-            assert max(pairs) <= 11 < min(pairs.values())
 
 
 def test_batches_are_new_and_repeatable():
     data = import_module("retrieval_data")
-    task = data.Task("recall", 20, 3, 5, 1)
+    task = data.Task(20, 4, 5, 2)
     batches, again = (data.Batches(task, 4, seed=1) for _ in range(2))
     for one, other in zip(batches[2], again[2], strict=True):
         np.testing.assert_array_equal(one, other)
+    assert set(np.unique(batches[2][2])) == {0.0, 1.0}
     assert not np.array_equal(batches[2][0], batches[3][0])
     assert not np.array_equal(batches[2][0], data.Batches(task, 4, seed=2)[2][0])
 
@@ -92,18 +94,19 @@ def test_a_run_can_be_continued(retrieval, tmp_path, capsys):
     assert rows[:2] == first and [row["model"] for row in rows[2:]] == ["window"]
     for row in rows:
         assert 0 <= float(row["accuracy"]) <= float(row["best_accuracy"]) <= 1
+        assert float(row["all_hops_accuracy"]) == pytest.approx(float(row["accuracy"]))
         # A question's mean loss, before it has learned anything.
         assert 0.7 * np.log(11) < float(row["loss"]) < 1.6 * np.log(11)
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
     assert (
-        "| recall | 20 | 3 | - | R4, 1 steps | 8 | 1 |" in table
+        "| 20 | 3 | 1 | 1 | 8 | R4, 1 steps | alpha 0.5, gamma 1, 4 in blocks of 2 | 1 |" in table
         and table in capsys.readouterr().out
     )
 
 
 def test_the_models_are_what_their_names_say(retrieval):
-    _, given = retrieval.parse(flags("--steps", "2", "--trainable-lens"))
+    _, given = retrieval.parse(flags("--steps", "2", "--trainable-lens", alpha=0.3))
     layers = {run.model: retrieval.make_attention(run) for run in retrieval.make_runs(given)}
     assert list(layers) == ["full", "window", "R1", "R2", "R3", "R4"]
     assert type(layers.pop("full")).__name__ == "MultiHeadAttention"
@@ -114,6 +117,7 @@ def test_the_models_are_what_their_names_say(retrieval):
         assert config["edge_weight"] == ("exponential" if name == "R4" else "cosine")
         assert config["reversible"] == (name in ("R2", "R3"))
         assert config["trainable_lens"] == (name != "window")
+        assert config["alpha"] == 0.3
     assert configs["R3"]["use_discoverability"] and configs["R1"]["steps"] == 2
 
 
@@ -122,7 +126,8 @@ def test_the_models_are_what_their_names_say(retrieval):
     [
         ({"tokens": 8}, "`tokens` must be at least three times `pairs`. Received: tokens=8"),
         ({"symbols": 2}, "`symbols` must be at least `pairs`."),
-        ({"hops": 3}, "`hops` must be at least 1 and less than `pairs`."),
+        ({"hops": 2}, "`hops` must be at least 1 and a divisor of `pairs`."),
+        ({"alpha": 1.5}, "`alpha` must be"),
         ({"width": 9}, "`width` must be a multiple of `heads`. Received: width=9, heads=2"),
         ({"training_steps": 0}, "`training_steps` must be at least 1. Received: training_steps=0"),
         ({"topk": 5}, "`topk` must be a multiple of `neighbor_block`. Received: topk=5"),

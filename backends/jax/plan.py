@@ -12,8 +12,8 @@ import jax.numpy as jnp
 _NO_CUT = -2.0
 # Entries of a list that are worked on at once.
 _ENTRIES = 16
-# Products over a walk's steps for which one factor is kept, in at most so many bytes, and that stand
-# in one piece of code.
+# Products over a walk's steps for which one factor is kept, in at most so many bytes; products that
+# stand in one piece of code.
 _KEPT, _KEPT_BYTES = 4, 64 * 1024
 _PRODUCTS, _SINGLE_PRECISION_PRODUCTS = 24, 8
 # Warps and stages of a kernel on GPUs, for features of at most `_WIDE`.
