@@ -116,6 +116,8 @@ SETUPS = {
 def test_default_sizes(name, dtype):
     options, head_size = SETUPS[name]
     options = {"is_causal": True, "window": 128, "topk": 32, "neighbor_block": 16, **options}
+    if dtype == torch.float32 and "edge_weight" not in options:
+        options["threshold"] = -1.0  # at 0, of a million cosines some are decided by rounding
     sizes = {"head_dim": head_size, "value_dim": head_size}
     case = LongCase(
         name,
