@@ -251,8 +251,7 @@ def draw(path, rows):
     for panel, (size, bars) in zip(axes, panels.items(), strict=True):
         tokens, pairs, _, hops = size
         labels = [
-            f"{run.label}\n{run.layers} of {run.width}"
-            + (f"\nalpha {run.alpha:g}, gamma {run.lens_strength:g}" if run.walk else "")
+            "\n".join([run.label, f"{run.layers} of {run.width}", *run.walk.split(", ")])
             for run, _ in bars
         ]
         means = np.array([np.mean(found) for _, found in bars])

@@ -135,7 +135,7 @@ def test_torch_processes_train_as_one_does(torch_alone, tmp_path, script):
     )
     assert found["continuation"] == torch_alone["continuation"]
     if script == "torch_fsdp2.py":
-        shares = re.findall(r"^process \d holds (\d+) of (\d+) weights$", found["output"], re.M)
+        shares = re.findall(r"process \d holds (\d+) of (\d+) weights", found["output"])
         assert len(shares) == 2
         for held, number in shares:
             # An odd number of rows is not halved evenly.
