@@ -116,8 +116,8 @@ def build_model(run, task):
     x = embedding(inputs)  # (B, S, width)
     for _ in range(run.layers):
         normal = keras.layers.LayerNormalization(epsilon=1e-5)(x)
-        near = keras.layers.Conv1D(run.width, 3, padding="causal", kernel_initializer=small())
-        x = x + near(normal)
+        normal = keras.layers.ZeroPadding1D((2, 0))(normal)
+        x = x + keras.layers.DepthwiseConv1D(3, depthwise_initializer=small())(normal)
         normal = keras.layers.LayerNormalization(epsilon=1e-5)(x)
         x = x + make_attention(run)(normal, normal, use_causal_mask=True)
         hidden = keras.layers.LayerNormalization(epsilon=1e-5)(x)
