@@ -45,7 +45,10 @@ WINDOW_ALONE = {"topk": 0, "lens_strength": 0.0}
 
 
 def ablation(seeds):
-    """R0 to R4, R1 and R4 with single tokens, the window alone, and what may better R4.
+    """R0 to R4, R1 and R4 with single tokens, the window alone, and a heavier walk.
+
+    The last runs take a part of it away: the exponential edges, the far edges, or all steps, which
+    leaves a token's own value.
 
     Args:
         seeds: Dict from a run's name to its seeds; others have seed 0.
@@ -57,12 +60,16 @@ def ablation(seeds):
             step, {"neighbor_block": 1}, seeds.get(name, (0,)), f"{step}, neighbours one by one"
         )
     runs["window"] = Run("R1", WINDOW_ALONE, seeds.get("window", (0,)), "the window alone")
-    for name, options in {
-        "gamma-1": {"lens_strength": 1.0},
-        "gamma-1-alpha-0.5": {"lens_strength": 1.0, "alpha": 0.5},
-    }.items():
+    heavy = {"lens_strength": 1.0, "alpha": 0.5}
+    for name, step, options in (
+        ("gamma-1", "R4", {"lens_strength": 1.0}),
+        ("gamma-1-alpha-0.5", "R4", heavy),
+        ("gamma-1-alpha-0.5-cosine", "R1", heavy),
+        ("gamma-1-alpha-0.5-topk-0", "R4", {**heavy, "topk": 0}),
+        ("gamma-1-alpha-0.5-steps-0", "R4", {**heavy, "steps": 0}),
+    ):
         changed = ", ".join(f"{option} {value:g}" for option, value in options.items())
-        runs[name] = Run("R4", options, seeds.get(name, (0,)), f"R4, {changed}")
+        runs[name] = Run(step, options, seeds.get(name, (0,)), f"{step}, {changed}")
     return runs
 
 

@@ -52,6 +52,7 @@ class Run:
     alpha: float
     lens_strength: float
     trainable_lens: bool
+    concentration: float
     layers: int
     width: int
     heads: int
@@ -73,7 +74,10 @@ class Run:
             return ""
         trained = " at first" if self.trainable_lens else ""
         neighbors = f"{self.topk} in blocks of {self.neighbor_block}"
-        return f"alpha {self.alpha:g}, gamma {self.lens_strength:g}{trained}, {neighbors}"
+        sharpness = f", kappa {self.concentration:g}" if self.model == "R4" else ""
+        return (
+            f"alpha {self.alpha:g}, gamma {self.lens_strength:g}{trained}{sharpness}, {neighbors}"
+        )
 
 
 def small():
@@ -95,6 +99,7 @@ def make_attention(run):
         "alpha": run.alpha,
         "lens_strength": run.lens_strength,
         "trainable_lens": run.trainable_lens,
+        "concentration": run.concentration,
     }
     if run.model == "window":
         options |= {"topk": 0, "lens_strength": 0.0, "trainable_lens": False}
@@ -296,6 +301,9 @@ def parse(arguments=None):
     parser.add_argument("--alpha", type=float, default=0.5, help="restart probability (0.5)")
     parser.add_argument("--lens-strength", type=float, default=1.0, help="the walk's weight (1)")
     parser.add_argument("--trainable-lens", action="store_true", help="train the walk's weight")
+    parser.add_argument(
+        "--concentration", type=float, default=20.0, help="R4's kappa at first (20)"
+    )
     add("--layers", default=2)
     add("--width", default=128)
     add("--heads", default=2)

@@ -99,14 +99,14 @@ def test_a_run_can_be_continued(retrieval, tmp_path, capsys):
         assert 0.7 * np.log(11) < float(row["loss"]) < 1.6 * np.log(11)
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
-    assert (
-        "| 20 | 3 | 1 | 1 | 8 | R4, 1 steps | alpha 0.5, gamma 1, 4 in blocks of 2 | 1 |" in table
-        and table in capsys.readouterr().out
-    )
+    walk = "alpha 0.5, gamma 1, kappa 20, 4 in blocks of 2"
+    assert f"| 20 | 3 | 1 | 1 | 8 | R4, 1 steps | {walk} | 1 |" in table
+    assert table in capsys.readouterr().out
 
 
 def test_the_models_are_what_their_names_say(retrieval):
-    _, given = retrieval.parse(flags("--steps", "2", "--trainable-lens", alpha=0.3))
+    changes = {"alpha": 0.3, "concentration": 8}
+    _, given = retrieval.parse(flags("--steps", "2", "--trainable-lens", **changes))
     layers = {run.model: retrieval.make_attention(run) for run in retrieval.make_runs(given)}
     assert list(layers) == ["full", "window", "R1", "R2", "R3", "R4"]
     assert type(layers.pop("full")).__name__ == "MultiHeadAttention"
@@ -117,7 +117,7 @@ def test_the_models_are_what_their_names_say(retrieval):
         assert config["edge_weight"] == ("exponential" if name == "R4" else "cosine")
         assert config["reversible"] == (name in ("R2", "R3"))
         assert config["trainable_lens"] == (name != "window")
-        assert config["alpha"] == 0.3
+        assert config["alpha"] == 0.3 and config["concentration"] == 8
     assert configs["R3"]["use_discoverability"] and configs["R1"]["steps"] == 2
 
 
