@@ -47,8 +47,8 @@ WINDOW_ALONE = {"topk": 0, "lens_strength": 0.0}
 def ablation(seeds):
     """R0 to R4, R1 and R4 with single tokens, the window alone, and a heavier walk.
 
-    The last runs take a part of it away: the exponential edges, the far edges, or all steps, which
-    leaves a token's own value.
+    The last runs take a part of it away: the far edges, or all steps, which leaves a token's own
+    value, beside the window or beside 1,024 tokens.
 
     Args:
         seeds: Dict from a run's name to its seeds; others have seed 0.
@@ -61,15 +61,16 @@ def ablation(seeds):
         )
     runs["window"] = Run("R1", WINDOW_ALONE, seeds.get("window", (0,)), "the window alone")
     heavy = {"lens_strength": 1.0, "alpha": 0.5}
-    for name, step, options in (
-        ("gamma-1", "R4", {"lens_strength": 1.0}),
-        ("gamma-1-alpha-0.5", "R4", heavy),
-        ("gamma-1-alpha-0.5-cosine", "R1", heavy),
-        ("gamma-1-alpha-0.5-topk-0", "R4", {**heavy, "topk": 0}),
-        ("gamma-1-alpha-0.5-steps-0", "R4", {**heavy, "steps": 0}),
+    own_value_and_all = {**heavy, "steps": 0, "topk": 0, "window": 1024}
+    for name, options in (
+        ("gamma-1", {"lens_strength": 1.0}),
+        ("gamma-1-alpha-0.5", heavy),
+        ("gamma-1-alpha-0.5-topk-0", {**heavy, "topk": 0}),
+        ("gamma-1-alpha-0.5-steps-0", {**heavy, "steps": 0}),
+        ("gamma-1-alpha-0.5-steps-0-window-1024", own_value_and_all),
     ):
         changed = ", ".join(f"{option} {value:g}" for option, value in options.items())
-        runs[name] = Run(step, options, seeds.get(name, (0,)), f"{step}, {changed}")
+        runs[name] = Run("R4", options, seeds.get(name, (0,)), f"R4, {changed}")
     return runs
 
 
@@ -126,7 +127,7 @@ STUDIES = {
             **{"training_steps": 1224, "evaluate_every": 204, "warmup_steps": 100},
             "learning_rate": 6e-4,
         },
-        ablation(dict.fromkeys(("R0", "R1", "R4"), (0, 1))),
+        ablation(dict.fromkeys(("R0", "R1", "R4", "window", "gamma-1-alpha-0.5"), (0, 1))),
     ),
     "long": Study(
         {

@@ -14,6 +14,7 @@ are gone stay in `results.csv`, and are not trained again.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,15 @@ from ablation_studies import STUDIES
 from gpt2_ablation import check_same, make_config, open_run_folder
 
 RESULTS = "results.csv"
+# for runs that are no step: the rest of Okabe and Ito's palette
+SPARE_STYLES = (
+    ("#56B4E9", "-", "o"),
+    ("#E69F00", "--", "P"),
+    ("#666666", ":", "X"),
+    ("#56B4E9", "-.", "<"),
+    ("#E69F00", ":", ">"),
+    ("#666666", "--", "d"),
+)
 FIELDS = (
     "run",
     "step",
@@ -243,12 +253,13 @@ def draw_positions(path, rows, study):
     from matplotlib.figure import Figure
 
     found = {(row["run"], row["seed"]): dict(row["positions"]) for row in rows if row["positions"]}
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    for name, run in study.runs.items():
-        pairs = [(run, (study.baseline, seed)) for run, seed in found if run == name]
-        pairs = [((name, base[1]), base) for _, base in pairs if base in found]
+    spare = itertools.cycle(SPARE_STYLES)
+    for name in study.runs:
+        bases = [(study.baseline, seed) for run, seed in found if run == name]
+        pairs = [((name, base[1]), base) for base in bases if base in found]
         if name == study.baseline or not pairs:
             continue
         positions = sorted(found[pairs[0][0]])
@@ -256,8 +267,7 @@ def draw_positions(path, rows, study):
             [100 * math.expm1(found[one][x] - found[base][x]) for x in positions]
             for one, base in pairs
         ]
-        color, dashes, marker = STYLES[run.step]
-        single = name != run.step
+        color, dashes, marker = STYLES[name] if name in STYLES else next(spare)
         panel.plot(
             positions,
             np.mean(changes, 0),
@@ -265,7 +275,6 @@ def draw_positions(path, rows, study):
             linestyle=dashes,
             marker=marker,
             markersize=4,
-            markerfacecolor="white" if single else color,
             label=name,
         )
     panel.axhline(0.0, color="#000")
@@ -273,7 +282,7 @@ def draw_positions(path, rows, study):
     panel.set_ylabel(f"validation perplexity against {study.baseline}, %")
     panel.grid(alpha=0.3)
     if panel.lines[1:]:
-        panel.legend()
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -292,7 +301,7 @@ def parse(arguments=None):
     parser.add_argument("--dataset", help=CHOICES + " (default: embedded)")
     parser.add_argument("--validation-dataset", help="a text file or folder")
     parser.add_argument("--vocabulary", help="folder with GPT-2's vocab.json and merges.txt")
-    parser.add_argument("--runs", nargs="+", help="names (default: all of the study)")
+    parser.add_argument("--runs", nargs="+", help="to train and sum up (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="(default: those of each run)")
     parser.add_argument(
         "--training-steps", type=int, help="a multiple of the evaluations' distance"
@@ -337,7 +346,7 @@ def main(arguments=None):
             raise SystemExit(
                 f"A run stopped. Finished ones stay; the same command goes on. Folder: {out}"
             ) from None
-    rows = collect(out)
+    rows = [row for row in collect(out) if row["run"] in {study.baseline, *names}]
     write_table(out / "table.md", rows, study)
     draw_losses(out / "losses.png", rows, study)
     draw_positions(out / "positions.png", rows, study)

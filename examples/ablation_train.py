@@ -182,6 +182,7 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
         verbose=verbosity() if verbose == "auto" else verbose,
     )
 
+    device_memory = peak_device_memory_mb()  # of training, not of the statistics below
     positions = losses_by_position(model, validation, batch_size)
     layers = None
     if ablation.STEPS[step].options is not None:
@@ -201,7 +202,7 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
         "tokens_per_second": timed_tokens / seconds if timed_tokens else None,
         "peak_memory_mb": max(row["peak_memory_mb"] for row in log.rows),
         "memory_before_training_mb": memory_before,
-        "device_memory_mb": peak_device_memory_mb(),
+        "device_memory_mb": device_memory,
         "losses_by_position": positions,
         "statistics": None if layers is None else mean_statistics(layers),
         "statistics_by_layer": layers,

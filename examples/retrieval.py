@@ -1,7 +1,7 @@
 """Trains small models to look things up: full attention, a window alone, and R1 to R4.
 
     python examples/retrieval.py                                      # associative recall
-    python examples/retrieval.py --hops 4 --layers 1 --models full R4 --steps 1 2 4 8
+    python examples/retrieval.py --tokens 64 --pairs 8 --hops 4 --layers 1 --steps 1 2 4 8
     python examples/retrieval.py --tokens 512 --pairs 64 --width 256 --seeds 0 1 2 --out runs/recall
 
 Questions stand anywhere behind what answers them, most of them further away than the window. As in
@@ -30,6 +30,10 @@ import keras_rwr
 from keras_rwr.ablation import STEPS
 
 MODELS = ("full", "window", *[name for name in STEPS if name != "R0"])
+NO_WALK = {
+    **{"walk_steps": 0, "topk": 0, "neighbor_block": 1, "alpha": 1.0, "concentration": 1.0},
+    **{"lens_strength": 0.0, "trainable_lens": False},
+}
 TEST_SEED, TEST_SEQUENCES = 2**31, 512
 EVALUATIONS = 10
 # Okabe and Ito's palette, safe for colour-blind readers
@@ -63,9 +67,9 @@ class Run:
 
     @property
     def label(self):
-        if self.model in ("full", "window"):
+        if self.walk_steps == 0:
             return self.model
-        return f"{self.model}, {self.walk_steps} steps"
+        return f"{self.model}, {self.walk_steps} step{'s' * (self.walk_steps > 1)}"
 
     @property
     def walk(self):
@@ -101,9 +105,7 @@ def make_attention(run):
         "trainable_lens": run.trainable_lens,
         "concentration": run.concentration,
     }
-    if run.model == "window":
-        options |= {"topk": 0, "lens_strength": 0.0, "trainable_lens": False}
-    else:
+    if run.model != "window":
         options = {**STEPS[run.model].options, **options}
     return keras_rwr.RWRAttention(run.heads, key_dim, **options)
 
@@ -241,39 +243,40 @@ def write_report(folder, rows):
 
 
 def draw(path, rows):
-    """PNG of the accuracies of all hops: a panel for each size, a bar for each model."""
+    """PNG of the accuracies: a panel for each size, a line for each model, a dot for each seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = {}
     for run, found in sum_up(rows):
-        accuracies = [measured["all_hops_accuracy"] for measured in found]
         size = (run.tokens, run.pairs, run.symbols, run.hops)
-        panels.setdefault(size, []).append((run, accuracies))
-    figure = Figure(figsize=(8, 1.2 + 3.2 * len(panels)), layout="constrained")
+        panels.setdefault(size, []).append((run, found))
+    heights = [1.2 + 0.24 * len(lines) for lines in panels.values()]
+    figure = Figure(figsize=(9, 0.4 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for panel, (size, bars) in zip(axes, panels.items(), strict=True):
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (size, lines) in zip(axes, panels.items(), strict=True):
         tokens, pairs, _, hops = size
+        for height, (run, found) in enumerate(lines):
+            for name, marker in zip(SUMMED[: 1 + (hops > 1)], ("o", "D"), strict=False):
+                panel.plot(
+                    [100 * measured[name] for measured in found],
+                    [height] * len(found),
+                    marker,
+                    color=COLORS[run.model],
+                    markerfacecolor="none" if name != "accuracy" else None,
+                )
         labels = [
-            "\n".join([run.label, f"{run.layers} of {run.width}", *run.walk.split(", ")])
-            for run, _ in bars
+            f"{run.label}, {run.layers} x {run.width}" + f"; {run.walk}" * bool(run.walk)
+            for run, _ in lines
         ]
-        means = np.array([np.mean(found) for _, found in bars])
-        low, high = (np.array([f(found) for _, found in bars]) for f in (min, max))
-        panel.bar(
-            range(len(bars)),
-            100 * means,
-            yerr=100 * np.array([means - low, high - means]),
-            color=[COLORS[run.model] for run, _ in bars],
-            capsize=3,
-        )
-        panel.axhline(100 * Task(*size).chance, color="#666", ls=":")
-        panel.set_xticks(range(len(bars)), labels, fontsize=7, rotation=60 * (len(bars) > 8))
-        panel.set_ylim(0, 105)
-        panel.set_ylabel("accuracy, %")
-        far = f", {hops} hops" if hops > 1 else ""
-        panel.set_title(f"{pairs} pairs in {tokens} tokens{far} (dotted: guessing)")
+        panel.set_yticks(range(len(lines)), labels, fontsize=7)
+        panel.set_ylim(len(lines) - 0.5, -0.5)
+        panel.set_xlim(-3, 103)
+        panel.axvline(100 * Task(*size).chance, color="#666", linestyle=":")
+        panel.grid(alpha=0.3, axis="y")
+        panel.set_xlabel("accuracy, %" + f" (hollow: questions of {hops} hops)" * (hops > 1))
+        panel.set_title(f"{pairs} pairs in {tokens} tokens (dotted: guessing)", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -289,27 +292,26 @@ def parse(arguments=None):
     )
     add = functools.partial(parser.add_argument, type=int)
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS))
-    add("--steps", nargs="+", default=[4], help="walk steps of R1 to R4, each a model (4)")
+    add("--steps", nargs="+", default=[1], help="walk steps of R1 to R4, each a model (1)")
     add("--seeds", nargs="+", default=[0], help="each a training (0)")
-    add("--tokens", default=192, help="length of a sequence (192)")
+    add("--tokens", default=256, help="length of a sequence (256)")
     add("--pairs", default=16, help="pairs to remember, and questions (16)")
     add("--symbols", default=127, help="keys, and values, to draw from (127)")
     add("--hops", default=1, help="pairs from a key to its value, at most (1)")
     add("--window", default=32)
-    add("--topk", default=32)
-    add("--neighbor-block", default=16)
+    add("--topk", default=16)
+    add("--neighbor-block", default=1)
     parser.add_argument("--alpha", type=float, default=0.5, help="restart probability (0.5)")
-    parser.add_argument("--lens-strength", type=float, default=1.0, help="the walk's weight (1)")
+    parser.add_argument("--lens-strength", type=float, default=4.0, help="the walk's weight (4)")
     parser.add_argument("--trainable-lens", action="store_true", help="train the walk's weight")
-    parser.add_argument(
-        "--concentration", type=float, default=20.0, help="R4's kappa at first (20)"
-    )
+    parser.add_argument("--concentration", type=float, default=8.0, help="R4's kappa at first (8)")
     add("--layers", default=2)
     add("--width", default=128)
     add("--heads", default=2)
     add("--training-steps", default=3000)
     add("--batch-size", default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--report", action="store_true", help="sum up, train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="folder")
     return parser, parser.parse_args(arguments)
 
@@ -332,8 +334,10 @@ def make_runs(given):
     runs = []
     for seed in given.seeds:
         for model in given.models:
-            for steps in [0] if model in ("full", "window") else given.steps:
-                runs.append(Run(**fixed, model=model, walk_steps=steps, seed=seed))
+            walks = [NO_WALK]
+            if model not in ("full", "window"):
+                walks = [{"walk_steps": steps} for steps in given.steps]
+            runs += [Run(**{**fixed, **walk}, model=model, seed=seed) for walk in walks]
     for run in runs:  # before anything is trained
         Task(run.tokens, run.pairs, run.symbols, run.hops)
         make_attention(run)
@@ -350,7 +354,7 @@ def main(arguments=None):
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "results.csv"
     done = {run for run, _ in read_results(path)}
-    for run in runs:
+    for run in [] if given.report else runs:
         if run in done:
             continue
         measured = train(run)

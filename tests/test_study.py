@@ -83,6 +83,9 @@ def test_a_study_from_end_to_end(tmp_path, text, capsys, monkeypatch):
     run(out, "--dataset", text)
     assert [command[-2:] for command in trained] == [[str(out / "R0-1"), "R0"]]
     assert "gamma-1" in (out / "table.md").read_text()
+    run(out, "--report", "--runs", "R0")
+    assert len(trained) == 1
+    assert "R0" in (out / "table.md").read_text() and "R4" not in (out / "table.md").read_text()
 
 
 def test_bad_arguments(tmp_path, text, capsys):
