@@ -44,14 +44,15 @@ class Study:
 WINDOW_ALONE = {"topk": 0, "lens_strength": 0.0}
 
 
-def ablation(seeds):
+def ablation(seeds, context):
     """R0 to R4, R1 and R4 with single tokens, the window alone, and a heavier walk.
 
     The last runs take a part of it away: the far edges, or all steps, which leaves a token's own
-    value, beside the window or beside 1,024 tokens.
+    value, beside the window or beside full attention.
 
     Args:
         seeds: Dict from a run's name to its seeds; others have seed 0.
+        context: Int, in tokens.
     """
     runs = {name: Run(name, {}, seeds.get(name, (0,)), x.description) for name, x in STEPS.items()}
     for step in ("R1", "R4"):
@@ -61,13 +62,13 @@ def ablation(seeds):
         )
     runs["window"] = Run("R1", WINDOW_ALONE, seeds.get("window", (0,)), "the window alone")
     heavy = {"lens_strength": 1.0, "alpha": 0.5}
-    own_value_and_all = {**heavy, "steps": 0, "topk": 0, "window": 1024}
+    full = {**heavy, "steps": 0, "topk": 0, "window": context}
     for name, options in (
         ("gamma-1", {"lens_strength": 1.0}),
         ("gamma-1-alpha-0.5", heavy),
         ("gamma-1-alpha-0.5-topk-0", {**heavy, "topk": 0}),
         ("gamma-1-alpha-0.5-steps-0", {**heavy, "steps": 0}),
-        ("gamma-1-alpha-0.5-steps-0-window-1024", own_value_and_all),
+        (f"gamma-1-alpha-0.5-steps-0-window-{context}", full),
     ):
         changed = ", ".join(f"{option} {value:g}" for option, value in options.items())
         runs[name] = Run("R4", options, seeds.get(name, (0,)), f"R4, {changed}")
@@ -127,7 +128,9 @@ STUDIES = {
             **{"training_steps": 1224, "evaluate_every": 204, "warmup_steps": 100},
             "learning_rate": 6e-4,
         },
-        ablation(dict.fromkeys(("R0", "R1", "R4", "window", "gamma-1-alpha-0.5"), (0, 1))),
+        ablation(
+            dict.fromkeys(("R0", "R1", "R4", "window", "gamma-1-alpha-0.5"), (0, 1)), context=1024
+        ),
     ),
     "long": Study(
         {
@@ -136,7 +139,7 @@ STUDIES = {
             **{"training_steps": 612, "evaluate_every": 204, "warmup_steps": 60},
             "learning_rate": 8e-4,
         },
-        ablation({}),
+        ablation({}, context=4096),
     ),
     "mechanisms": Study(
         {

@@ -30,14 +30,11 @@ from ablation_studies import STUDIES
 from gpt2_ablation import check_same, make_config, open_run_folder
 
 RESULTS = "results.csv"
-# for runs that are no step: the rest of Okabe and Ito's palette
+# for runs that are no step: two more colours of Okabe and Ito's palette, and a grey
 SPARE_STYLES = (
-    ("#56B4E9", "-", "o"),
-    ("#E69F00", "--", "P"),
-    ("#666666", ":", "X"),
-    ("#56B4E9", "-.", "<"),
-    ("#E69F00", ":", ">"),
-    ("#666666", "--", "d"),
+    *(("#56B4E9", "-", "o"), ("#E69F00", "--", "P"), ("#666666", ":", "X")),
+    *(("#56B4E9", "-.", "<"), ("#E69F00", ":", ">"), ("#666666", "--", "d")),
+    *(("#56B4E9", ":", "*"), ("#E69F00", "-", "h"), ("#666666", "-.", "p")),
 )
 FIELDS = (
     "run",
@@ -256,7 +253,8 @@ def draw_positions(path, rows, study):
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    spare = itertools.cycle(SPARE_STYLES)
+    others = [name for name in study.runs if name not in STYLES]
+    styles = {**dict(zip(others, itertools.cycle(SPARE_STYLES), strict=False)), **STYLES}
     for name in study.runs:
         bases = [(study.baseline, seed) for run, seed in found if run == name]
         pairs = [((name, base[1]), base) for base in bases if base in found]
@@ -267,7 +265,7 @@ def draw_positions(path, rows, study):
             [100 * math.expm1(found[one][x] - found[base][x]) for x in positions]
             for one, base in pairs
         ]
-        color, dashes, marker = STYLES[name] if name in STYLES else next(spare)
+        color, dashes, marker = styles[name]
         panel.plot(
             positions,
             np.mean(changes, 0),
@@ -301,7 +299,9 @@ def parse(arguments=None):
     parser.add_argument("--dataset", help=CHOICES + " (default: embedded)")
     parser.add_argument("--validation-dataset", help="a text file or folder")
     parser.add_argument("--vocabulary", help="folder with GPT-2's vocab.json and merges.txt")
-    parser.add_argument("--runs", nargs="+", help="to train and sum up (default: all)")
+    parser.add_argument(
+        "--runs", nargs="+", help="to train and to sum up, beside the baseline (all)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="(default: those of each run)")
     parser.add_argument(
         "--training-steps", type=int, help="a multiple of the evaluations' distance"
@@ -326,7 +326,7 @@ def main(arguments=None):
     listed, report = given.pop("list"), given.pop("report")
     if listed:
         for name, run in study.runs.items():
-            print(f"{name:16} seeds {run.seeds}  {run.step} {dict(run.options)}: {run.description}")
+            print(f"{name:37} seeds {run.seeds}  {run.step} {dict(run.options)}: {run.description}")
         return
     unknown = sorted(set(names) - set(study.runs))
     if unknown:
@@ -346,7 +346,11 @@ def main(arguments=None):
             raise SystemExit(
                 f"A run stopped. Finished ones stay; the same command goes on. Folder: {out}"
             ) from None
-    rows = [row for row in collect(out) if row["run"] in {study.baseline, *names}]
+    rows = [
+        row
+        for row in collect(out)
+        if row["run"] in {study.baseline, *names} and (seeds is None or row["seed"] in seeds)
+    ]
     write_table(out / "table.md", rows, study)
     draw_losses(out / "losses.png", rows, study)
     draw_positions(out / "positions.png", rows, study)

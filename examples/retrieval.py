@@ -1,8 +1,8 @@
 """Trains small models to look things up: full attention, a window alone, and R1 to R4.
 
-    python examples/retrieval.py                                      # associative recall
-    python examples/retrieval.py --tokens 64 --pairs 8 --hops 4 --layers 1 --steps 1 2 4 8
-    python examples/retrieval.py --tokens 512 --pairs 64 --width 256 --seeds 0 1 2 --out runs/recall
+    python examples/retrieval.py --seeds 0 1                          # associative recall
+    python examples/retrieval.py --models R4 --steps 4 --learning-rate 5e-4
+    python examples/retrieval.py --hops 4 --tokens 64 --pairs 8 --window 8 --layers 1 --models R4
 
 Questions stand anywhere behind what answers them, most of them further away than the window. As in
 Zoology (https://arxiv.org/abs/2312.04927), a short causal convolution stands before each attention:
@@ -30,6 +30,7 @@ import keras_rwr
 from keras_rwr.ablation import STEPS
 
 MODELS = ("full", "window", *[name for name in STEPS if name != "R0"])
+WITHOUT_WALK = ("full", "window")
 NO_WALK = {
     **{"walk_steps": 0, "topk": 0, "neighbor_block": 1, "alpha": 1.0, "concentration": 1.0},
     **{"lens_strength": 0.0, "trainable_lens": False},
@@ -67,14 +68,19 @@ class Run:
 
     @property
     def label(self):
-        if self.walk_steps == 0:
+        if self.model in WITHOUT_WALK:
             return self.model
-        return f"{self.model}, {self.walk_steps} step{'s' * (self.walk_steps > 1)}"
+        return f"{self.model}, {self.walk_steps} step{'s' * (self.walk_steps != 1)}"
+
+    @property
+    def training(self):
+        """Window, steps and learning rate, for a table."""
+        return f"window {self.window}, {self.training_steps} steps, {self.learning_rate:g}"
 
     @property
     def walk(self):
         """The walk's options, for a table."""
-        if self.walk_steps == 0:
+        if self.model in WITHOUT_WALK:
             return ""
         trained = " at first" if self.trainable_lens else ""
         neighbors = f"{self.topk} in blocks of {self.neighbor_block}"
@@ -227,13 +233,14 @@ def sum_up(rows):
 def write_report(folder, rows):
     """Writes `table.md` and `accuracy.png` and returns the table."""
     heads = ["tokens", "pairs", "hops", "layers", "width", "model", "walk", "seeds"]
-    heads += ["accuracy", "range", "all hops"]
+    heads += ["training", "accuracy", "range", "all hops"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for run, found in sum_up(rows):
         accuracies, deepest = ([x[name] for x in found] for name in SUMMED)
+        size = f"{run.tokens} | {run.pairs} | {run.hops} | {run.layers} | {run.width}"
+        model = f"{run.label} | {run.walk} | {len(found)} | {run.training}"
         lines.append(
-            f"| {run.tokens} | {run.pairs} | {run.hops} | {run.layers} | {run.width} | "
-            f"{run.label} | {run.walk} | {len(found)} | {np.mean(accuracies):.3f} | "
+            f"| {size} | {model} | {np.mean(accuracies):.3f} | "
             f"{min(accuracies):.3f} to {max(accuracies):.3f} | {np.mean(deepest):.3f} |"
         )
     table = "\n".join(lines) + "\n"
@@ -303,7 +310,12 @@ def parse(arguments=None):
     add("--neighbor-block", default=1)
     parser.add_argument("--alpha", type=float, default=0.5, help="restart probability (0.5)")
     parser.add_argument("--lens-strength", type=float, default=4.0, help="the walk's weight (4)")
-    parser.add_argument("--trainable-lens", action="store_true", help="train the walk's weight")
+    parser.add_argument(
+        "--trainable-lens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train the walk's weight (yes)",
+    )
     parser.add_argument("--concentration", type=float, default=8.0, help="R4's kappa at first (8)")
     add("--layers", default=2)
     add("--width", default=128)
@@ -311,7 +323,9 @@ def parse(arguments=None):
     add("--training-steps", default=3000)
     add("--batch-size", default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--report", action="store_true", help="sum up, train nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="sum up what --out holds, train nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="folder")
     return parser, parser.parse_args(arguments)
 
@@ -335,7 +349,7 @@ def make_runs(given):
     for seed in given.seeds:
         for model in given.models:
             walks = [NO_WALK]
-            if model not in ("full", "window"):
+            if model not in WITHOUT_WALK:
                 walks = [{"walk_steps": steps} for steps in given.steps]
             runs += [Run(**{**fixed, **walk}, model=model, seed=seed) for walk in walks]
     for run in runs:  # before anything is trained
@@ -364,7 +378,10 @@ def main(arguments=None):
             f"{measured['seconds']:.0f} s",
             flush=True,
         )
-    print(f"\n{write_report(given.out, read_results(path))}\nFolder: {given.out}")
+    rows = read_results(path)
+    if not rows:
+        parser.error(f"`out` must hold results to report. Received: out={given.out}")
+    print(f"\n{write_report(given.out, rows)}\nFolder: {given.out}")
 
 
 if __name__ == "__main__":

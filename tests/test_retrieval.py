@@ -94,6 +94,8 @@ def test_a_run_can_be_continued(retrieval, tmp_path, capsys):
     assert rows[:2] == first and [row["model"] for row in rows[2:]] == ["window"]
     retrieval.main(flags("--models", "R1", "--report", *out))
     assert read(tmp_path) == rows
+    with pytest.raises(SystemExit, match="2"):
+        retrieval.main(["--report", "--out", str(tmp_path / "empty")])
     for row in rows:
         assert 0 <= float(row["accuracy"]) <= float(row["best_accuracy"]) <= 1
         assert float(row["all_hops_accuracy"]) == pytest.approx(float(row["accuracy"]))
@@ -101,14 +103,14 @@ def test_a_run_can_be_continued(retrieval, tmp_path, capsys):
         assert 0.7 * np.log(11) < float(row["loss"]) < 1.6 * np.log(11)
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
-    walk = "alpha 0.5, gamma 4, kappa 8, 4 in blocks of 2"
+    walk = "alpha 0.5, gamma 4 at first, kappa 8, 4 in blocks of 2"
     assert f"| 20 | 3 | 1 | 1 | 8 | R4, 1 step | {walk} | 1 |" in table
     assert table in capsys.readouterr().out
 
 
 def test_the_models_are_what_their_names_say(retrieval):
     changes = {"alpha": 0.3, "concentration": 8}
-    _, given = retrieval.parse(flags("--steps", "2", "--trainable-lens", **changes))
+    _, given = retrieval.parse(flags("--steps", "2", **changes))
     layers = {run.model: retrieval.make_attention(run) for run in retrieval.make_runs(given)}
     assert list(layers) == ["full", "window", "R1", "R2", "R3", "R4"]
     assert type(layers.pop("full")).__name__ == "MultiHeadAttention"
