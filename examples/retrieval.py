@@ -31,6 +31,7 @@ from keras_rwr.ablation import STEPS
 
 MODELS = ("full", "window", *[name for name in STEPS if name != "R0"])
 WITHOUT_WALK = ("full", "window")
+# their walk options, which LOCAL alone follows from
 NO_WALK = {
     **{"walk_steps": 0, "topk": 0, "neighbor_block": 1, "alpha": 1.0, "concentration": 1.0},
     **{"lens_strength": 0.0, "trainable_lens": False},
