@@ -302,7 +302,9 @@ def parse(arguments=None):
     parser.add_argument(
         "--runs", nargs="+", help="to train and to sum up, beside the baseline (all)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="(default: those of each run)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="to train and to sum up (those of each run)"
+    )
     parser.add_argument(
         "--training-steps", type=int, help="a multiple of the evaluations' distance"
     )

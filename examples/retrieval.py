@@ -1,7 +1,7 @@
 """Trains small models to look things up: full attention, a window alone, and R1 to R4.
 
     python examples/retrieval.py --seeds 0 1                          # associative recall
-    python examples/retrieval.py --models R4 --steps 4 --learning-rate 5e-4
+    python examples/retrieval.py --models R4 --steps 1 4
     python examples/retrieval.py --hops 4 --tokens 64 --pairs 8 --window 8 --layers 1 --models R4
 
 Questions stand anywhere behind what answers them, most of them further away than the window. As in

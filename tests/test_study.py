@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -86,6 +87,29 @@ def test_a_study_from_end_to_end(tmp_path, text, capsys, monkeypatch):
     run(out, "--report", "--runs", "R0")
     assert len(trained) == 1
     assert "R0" in (out / "table.md").read_text() and "R4" not in (out / "table.md").read_text()
+    with open(out / "results.csv", "a", newline="") as file:
+        csv.DictWriter(file, rows["R0"]).writerow({**rows["R0"], "seed": 7, "validation_loss": 3.0})
+    run(out, "--report", "--seeds", 7)
+    assert f"| {math.exp(3.0):.2f} |" in (out / "table.md").read_text()
+    assert "R4" not in (out / "table.md").read_text()
+
+
+def test_memory_is_that_of_training(tmp_path, text, monkeypatch):
+    run(tmp_path / "study", "--dataset", text, "--seeds", 0, "--runs", "gamma-1")
+    made = tmp_path / "study" / "gamma-1-0"
+    config = json.loads((made / "config.json").read_text())
+    shutil.copytree(made / "data", tmp_path / "again" / "data")
+    train = import_module("ablation_train")
+    peak, measure = [1.0], train.walk_statistics
+
+    def walk_statistics(*arguments):
+        peak[0] = 2.0
+        return measure(*arguments)
+
+    monkeypatch.setattr(train, "peak_device_memory_mb", lambda: peak[0])
+    monkeypatch.setattr(train, "walk_statistics", walk_statistics)
+    result = train.train(tmp_path / "again", "R4", config, verbose=0)
+    assert result["device_memory_mb"] == 1.0 and peak == [2.0]
 
 
 def test_bad_arguments(tmp_path, text, capsys):
@@ -119,4 +143,7 @@ def test_runs_are_listed_and_right(capsys):
             for option, value in made.options.items():
                 assert overrides[option] == value
         study.main([name, "--list"])
+    long = studies.STUDIES["long"]
+    control = long.runs["gamma-1-alpha-0.5-steps-0-window-4096"].options
+    assert control["window"] == long.arguments["context"] == 4096 and control["steps"] == 0
     assert "R4-single" in capsys.readouterr().out
