@@ -1,10 +1,32 @@
 """RWR attention for Keras 3: windowed attention plus a random walk with restart."""
 
-from keras_rwr import callbacks, graph, ops
-from keras_rwr.config import RWRConfig
-from keras_rwr.dispatch import explain
-from keras_rwr.layer import RWRAttention
+import importlib
+from typing import Any
 
-__all__ = ["RWRAttention", "RWRConfig", "callbacks", "explain", "graph", "ops"]
+from keras_rwr import ablation, callbacks, graph, layers, ops, options, statistics
+from keras_rwr._dispatch import explain
+from keras_rwr.layers import RWRAttention
+from keras_rwr.options import Options
 
-__version__ = "0.1.0"
+__all__ = [
+    "Options",
+    "RWRAttention",
+    "ablation",
+    "callbacks",
+    "explain",
+    "graph",
+    "layers",
+    "models",
+    "ops",
+    "options",
+    "statistics",
+]
+
+__version__ = "0.2.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `keras_rwr.models` when it is first used: it needs KerasHub."""
+    if name == "models":
+        return importlib.import_module("keras_rwr.models")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

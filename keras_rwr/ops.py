@@ -1,59 +1,69 @@
-"""RWR attention as functions of query, key and value: validate, choose an implementation, call."""
+"""RWR attention as functions of query, key and value."""
 
-import dataclasses
+from typing import Any
 
 import keras
 from keras import ops
 from keras.src.backend import any_symbolic_tensors
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from keras_rwr import dispatch, reference, sharding
-from keras_rwr import graph as graphs
-from keras_rwr.config import CONCENTRATION_RANGE, GRAPH_OPTIONS, RWRConfig, check_per_head
-from keras_rwr.dropout import seed_words
-from keras_rwr.tensors import check_shapes, compatible, key_bias, prepare
+from keras_rwr import _reference
+from keras_rwr._attend import Heads, Inputs, attend
+from keras_rwr._checks import as_tensor, check_per_head, check_shape, compatible, is_tensor
+from keras_rwr._walk import apart, side_by_side
+from keras_rwr.graph import SparseGraph, check_fits, check_rows
+from keras_rwr.options import CONCENTRATION_RANGE, Call, Options, Tuning
+
+__all__ = ["attention_scores", "rwr_attention", "token_importance"]
+
+Tensor = Any
 
 
 def rwr_attention(
-    query,
-    key,
-    value,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     *,
-    alpha=0.2,
-    steps=4,
-    topk=32,
-    neighbor_block=16,
-    window=128,
-    threshold=None,
-    edge_weight="cosine",
-    concentration=20.0,
-    reversible=False,
-    reciprocal_beta=0.5,
-    lens_strength=0.3,
-    discoverability=None,
-    fusion="sum",
-    padding_mask=None,
-    is_causal=False,
-    dropout=0.0,
-    seed=None,
-    graph=None,
-    block_size=None,
-    head_dim_pad=None,
-    implementation=None,
-):
+    alpha: float = 0.2,
+    steps: int = 4,
+    topk: int = 32,
+    neighbor_block: int = 16,
+    window: int = 128,
+    threshold: float | None = None,
+    edge_weight: str = "cosine",
+    concentration: Any = 20.0,
+    reversible: bool = False,
+    reciprocal_beta: float = 0.5,
+    lens_strength: Any = 0.3,
+    fusion: str = "sum",
+    self_edges: bool = True,
+    discoverability: Tensor = None,
+    padding_mask: Tensor = None,
+    graph_query: Tensor = None,
+    graph_key: Tensor = None,
+    hop_weights: Tensor = None,
+    segment_ids: Tensor = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    seed: Any = None,
+    graph: SparseGraph | None = None,
+    block_size: int | None = None,
+    head_dim_pad: int | None = None,
+    implementation: str | None = None,
+) -> Tensor:
     """Windowed attention plus a random walk with restart over a graph of similar tokens.
 
-    `y_i = LOCAL(i) + gamma * sum_j r_ij v_j` with the walk's weights `r_i = alpha * sum_t (1 -
-    alpha)^t (P^t)_i` over t = 0 … steps, which sum to `1 - (1 - alpha)^(steps + 1)`. LOCAL is
-    softmax attention over the keys within `window`; `P_ij` is proportional to the weight of the
-    edge from i to j, see `keras_rwr.graph`.
+    `y_i = LOCAL(i) + sum_t theta_t (P^t V)_i` over t = 0 … steps. LOCAL is softmax attention over
+    the keys within `window`; `P_ij` is proportional to the weight of the edge from i to j, see
+    `keras_rwr.graph`; `theta_t = lens_strength * alpha * (1 - alpha)^t` is the weight of a walk of
+    t steps before a restart, unless `hop_weights` says otherwise.
 
     Args:
         query: Float tensor of shape `(B, S, N, H)`.
-        key: Float tensor of shape `(B, S, N, H)`.
-        value: Float tensor of shape `(B, S, N, V)`.
+        key: Float tensor of shape `(B, S, M, H)`. M divides N: query head n uses key head
+            `n * M // N`.
+        value: Float tensor of shape `(B, S, M, V)`.
         alpha: Float in (0, 1]. Restart probability. Defaults to 0.2.
-        steps: Int >= 0. Walk steps. Defaults to 4.
+        steps: Int >= 0. Walk steps T. Defaults to 4.
         topk: Int >= 0, a multiple of `neighbor_block`. Tokens outside the window that a query
             links to. Defaults to 32.
         neighbor_block: Int >= 1, at most `window + 1` when causal. They come in blocks of this
@@ -62,20 +72,31 @@ def rwr_attention(
         threshold: `None` or float in [-1, 1). An edge needs a cosine above it; `None` means 0 for
             cosine edges and no cut for exponential ones.
         edge_weight: `"cosine"` (the default) or `"exponential"`, `exp(concentration * (c - 1))`.
-        concentration: Float in [1, 40], or one a head. Used by exponential edges only.
-            Defaults to 20.
+        concentration: Float in [1, 64], or one a graph. Used by exponential edges only. Defaults
+            to 20.
         reversible: Bool. Symmetrise the graph. Defaults to `False`.
         reciprocal_beta: Float in [0, 1]. Forward share of the mix of the walk with its reversal;
             used only when `reversible`. Defaults to 0.5.
         lens_strength: Float, or one a head. The walk's weight gamma. Defaults to 0.3.
-        discoverability: `None` or tensor of shape `(N, H)`, the vector u: `b_j = clip(k_j u, -8,
-            8)` is added to LOCAL's logits, `exp(b_j)` multiplies the walk's weights. A `graph`
-            brings its own.
         fusion: `"sum"` (the default), or `"softmax"`: one softmax over the window and the `topk`
             tokens that the walk visits most. That one takes O(S^2) memory: for analysis and short
             contexts.
+        self_edges: Bool. Whether a token is its own neighbour in the walk. Defaults to `True`.
+        discoverability: `None` or tensor of shape `(N, H)`, the vector u: `b_j = clip(k_j u, -8,
+            8)` is added to LOCAL's logits, `exp(b_j)` multiplies the walk's weights. With
+            `graph_key` its shape is `(G, F)`, k is `graph_key`, and only the walk takes it. A
+            `graph` brings its own.
         padding_mask: `None` or tensor of shape `(B, S)`, true at real tokens. Outputs at padding
             are 0.
+        graph_query: `None` or float tensor of shape `(B, S, G, F)`: the graph is built from it and
+            `graph_key`, and shared by `N / G` heads. G divides M. `None` means that each query head
+            has a graph of its own, from its query and key.
+        graph_key: `None` or float tensor of the shape of `graph_query`.
+        hop_weights: `None` or float tensor theta of shape `(T + 1,)`, `(N, T + 1)` or `(B, S, N, T
+            + 1)`, of any sign, in place of `alpha`, `steps` and `lens_strength`, which must then be
+            left at their defaults (`steps` may be T).
+        segment_ids: `None` or int tensor of shape `(B, S)`: tokens of different segments do not
+            see each other. Needs `neighbor_block=1` or `topk=0`.
         is_causal: Bool. A token sees itself and its past only. Defaults to `False`.
         dropout: Float in [0, 1). Dropout rate of the softmax probabilities. Defaults to 0.
         seed: Int, `keras.random.SeedGenerator`, or int tensor of shape `(2,)`. Needed, and used,
@@ -87,51 +108,34 @@ def rwr_attention(
         head_dim_pad: `None` or int >= 1. Kernels round the head size up to a multiple of it;
             changes speed only.
         implementation: `None` for the fastest that supports the call, or `"reference"`,
-            `"portable"`, `"triton"`, `"pallas"`, `"xla"`, which never falls back.
+            `"portable"`, `"triton"`, `"pallas"`, which never falls back.
 
     Returns:
-        Tensor of shape `(B, S, N, V)` in the dtype of `query`.
+        Tensor of shape `(B, S, N, V)` in the dtype of `query`. The arithmetic is in float32, or in
+        float64 if an input is. A token with a NaN or infinity makes outputs NaN from it on in a
+        causal call, and no earlier one.
 
     Raises:
         ValueError: If an argument is outside its range, or shapes do not fit.
         TypeError: If an argument is of the wrong type.
         NotImplementedError: If the named implementation cannot run the call.
 
+    Gradients are bounded by definition: they count the norm of a query or key of the graph below
+    0.1 as 0.1, and a degree below 1 as 1 for cosine edges.
+
     Reference:
         - [Tong et al., 2006](https://doi.org/10.1109/ICDM.2006.70): random walk with restart
         - [Klicpera et al., 2019](https://arxiv.org/abs/1810.05997): its propagation scheme, APPNP
         - [Wang et al., 2021](https://arxiv.org/abs/2009.14332): multi-hop attention, MAGNA
     """
-    config = RWRConfig(
-        alpha=alpha,
-        steps=steps,
-        topk=topk,
-        neighbor_block=neighbor_block,
-        window=window,
-        threshold=threshold,
-        edge_weight=edge_weight,
-        reversible=reversible,
-        reciprocal_beta=reciprocal_beta,
-        fusion=fusion,
-        is_causal=is_causal,
-        dropout=dropout,
-        block_size=block_size,
-        head_dim_pad=head_dim_pad,
+    options, call, tensors = _read(locals())
+    operation = RWRAttentionOperation(
+        options, call, Tuning(block_size, head_dim_pad, implementation)
     )
-    dispatch.check_implementation(implementation)
-    if dropout > 0.0:
-        seed = _check_seed(seed)
-    tensors = {
-        "lens_strength": lens_strength,
-        "concentration": concentration,
-        "discoverability": discoverability,
-        "padding_mask": padding_mask,
-    }
-    others = {"seed": seed if dropout > 0.0 else None, "graph": graph}
+    query, key, value = tensors.pop("query"), tensors.pop("key"), tensors.pop("value")
     if any_symbolic_tensors((query, key, value, *tensors.values())):
-        operation = RWRAttentionOperation(config, implementation)
-        return operation.symbolic_call(query, key, value, **tensors, **others)
-    return _call(config, implementation, query, key, value, **tensors, **others)
+        return operation.symbolic_call(query, key, value, tensors)
+    return operation.call(query, key, value, tensors)
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
@@ -139,202 +143,63 @@ class RWRAttentionOperation(keras.Operation):
     """`rwr_attention` with its options fixed, as a node of a functional model.
 
     Args:
-        config: `RWRConfig`, or a dict of its fields.
-        implementation: `None` or the name of an implementation.
+        options: `Options`, or a dict of its fields.
+        call: `Call`, or a dict of its fields.
+        tuning: `Tuning`, or a dict of its fields.
         name: `None` or string.
     """
 
-    def __init__(self, config, implementation=None, *, name=None):
+    def __init__(self, options: Any, call: Any, tuning: Any, *, name: str | None = None):
         super().__init__(name=name)
-        self.config = RWRConfig(**config) if isinstance(config, dict) else config
-        self.implementation = implementation
+        self.options = Options(**options) if isinstance(options, dict) else options
+        self.call_facts = Call(**call) if isinstance(call, dict) else call
+        self.tuning = Tuning(**tuning) if isinstance(tuning, dict) else tuning
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
-            "config": dataclasses.asdict(self.config),
-            "implementation": self.implementation,
+            "options": self.options.to_config(),
+            "call": self.call_facts.to_config(),
+            "tuning": self.tuning.to_config(),
             "name": self.name,
         }
 
-    def call(
-        self,
-        query,
-        key,
-        value,
-        lens_strength,
-        concentration,
-        discoverability=None,
-        padding_mask=None,
-        seed=None,
-        graph=None,
-    ):
-        return _call(
-            self.config,
-            self.implementation,
-            query,
-            key,
-            value,
-            lens_strength,
-            concentration,
-            discoverability,
-            padding_mask,
-            seed,
-            graph,
-        )
+    def call(self, query: Tensor, key: Tensor, value: Tensor, tensors: dict[str, Any]) -> Tensor:
+        inputs = Inputs(query=query, key=key, value=value, **tensors)
+        return attend(inputs, self.options, self.call_facts, self.tuning)
 
     def compute_output_spec(
-        self,
-        query,
-        key,
-        value,
-        lens_strength,
-        concentration,
-        discoverability=None,
-        padding_mask=None,
-        seed=None,
-        graph=None,
-    ):
-        _check(query, key, value, lens_strength, concentration, discoverability, padding_mask)
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: dict[str, Any]
+    ) -> keras.KerasTensor:
         return keras.KerasTensor((*query.shape[:3], value.shape[-1]), dtype=query.dtype)
 
 
-def _call(
-    config,
-    implementation,
-    query,
-    key,
-    value,
-    lens_strength,
-    concentration,
-    discoverability=None,
-    padding_mask=None,
-    seed=None,
-    graph=None,
-):
-    """Checks tensors that hold numbers, and attends."""
-    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    if padding_mask is not None:
-        padding_mask = ops.convert_to_tensor(padding_mask)
-    if discoverability is not None:
-        discoverability = ops.convert_to_tensor(discoverability)
-    _check(query, key, value, lens_strength, concentration, discoverability, padding_mask)
-    if graph is not None:
-        check_graph(graph, query, config)
-    if in_symbolic_scope():
-        return ops.cast(ops.zeros_like(value), query.dtype)
-    tensors = (query, key, value, lens_strength, concentration, discoverability, padding_mask)
-    if graph is None and sharding.is_active():
-        return _attend_over_devices(config, implementation, *tensors, seed)
-    return _attend(config, implementation, *tensors, seed, graph)
-
-
-def _check(query, key, value, lens_strength, concentration, discoverability, padding_mask):
-    check_shapes(query, key, value, padding_mask)
-    heads, head_size = query.shape[2:]
-    check_per_head("lens_strength", lens_strength, heads)
-    check_per_head("concentration", concentration, heads, *CONCENTRATION_RANGE)
-    _check_discoverability(discoverability, heads, head_size)
-
-
-def _attend(
-    config,
-    implementation,
-    query,
-    key,
-    value,
-    lens_strength,
-    concentration,
-    discoverability,
-    padding_mask,
-    seed,
-    graph=None,
-):
-    """Chooses an implementation and neighbours, and runs checked tensors."""
-    spec = dispatch.CallSpec(
-        backend=keras.backend.backend(),
-        device=dispatch.current_device(query),
-        dtype=keras.backend.standardize_dtype(query.dtype),
-        query_shape=tuple(query.shape),
-        value_size=value.shape[-1],
-        config=config,
-        has_graph=graph is not None,
-    )
-    module = dispatch.load(dispatch.choose(spec, implementation))
-    neighbors = None
-    if graph is None and config.steps > 0:
-        select = getattr(module, "select_neighbors", graphs.select_neighbors)
-        neighbors = select(query, key, config, padding_mask)
-    lens_strength, concentration = (
-        ops.convert_to_tensor(x) if isinstance(x, keras.Variable) else x
-        for x in (lens_strength, concentration)
-    )
-    return module.rwr_attention(
-        query,
-        key,
-        value,
-        config,
-        lens_strength=lens_strength,
-        concentration=concentration,
-        discoverability=discoverability,
-        padding_mask=padding_mask,
-        seed=seed,
-        neighbors=neighbors,
-        graph=graph,
-    )
-
-
-def _attend_over_devices(config, implementation, query, key, value, *others):
-    """`_attend` where each device has the batch entries and heads of its own."""
-    lens_strength, concentration, discoverability, padding_mask, seed = others
-    numbers = [ops.reshape(ops.convert_to_tensor(x), (-1,)) for x in (lens_strength, concentration)]
-    positions = (None, None)
-    if seed is not None:
-        seed = seed_words(seed)
-        starts = seed[2:] if seed.shape[0] == 4 else (0, 0)
-        sizes = (query.shape[0], query.shape[2])
-        positions = [
-            start + ops.arange(size, dtype="int32")
-            for start, size in zip(starts, sizes, strict=True)
-        ]
-    run = sharding.over_devices(
-        _attend_on_device,
-        ("bsnh", "bsnh", "bsnh", "n", "n", "nh", "bs", "w", "b", "n"),
-        "bsnh",
-        config,
-        implementation,
-    )
-    return run(query, key, value, *numbers, discoverability, padding_mask, seed, *positions)
-
-
-def _attend_on_device(config, implementation, *tensors):
-    *tensors, seed, entries, heads = tensors
-    if seed is not None:
-        seed = ops.concatenate([seed[:2], entries[:1], heads[:1]])
-    return _attend(config, implementation, *tensors, seed)
-
-
 def attention_scores(
-    query,
-    key,
+    query: Tensor,
+    key: Tensor,
     *,
-    alpha=0.2,
-    steps=4,
-    topk=32,
-    neighbor_block=16,
-    window=128,
-    threshold=None,
-    edge_weight="cosine",
-    concentration=20.0,
-    reversible=False,
-    reciprocal_beta=0.5,
-    lens_strength=0.3,
-    discoverability=None,
-    fusion="sum",
-    padding_mask=None,
-    is_causal=False,
-    graph=None,
-):
-    """The dense matrix A with `rwr_attention(q, k, v) = A v`: softmax LOCAL plus gamma R.
+    alpha: float = 0.2,
+    steps: int = 4,
+    topk: int = 32,
+    neighbor_block: int = 16,
+    window: int = 128,
+    threshold: float | None = None,
+    edge_weight: str = "cosine",
+    concentration: Any = 20.0,
+    reversible: bool = False,
+    reciprocal_beta: float = 0.5,
+    lens_strength: Any = 0.3,
+    fusion: str = "sum",
+    self_edges: bool = True,
+    discoverability: Tensor = None,
+    padding_mask: Tensor = None,
+    graph_query: Tensor = None,
+    graph_key: Tensor = None,
+    hop_weights: Tensor = None,
+    segment_ids: Tensor = None,
+    is_causal: bool = False,
+    graph: SparseGraph | None = None,
+) -> Tensor:
+    """The dense matrix A with `rwr_attention(q, k, v) = A v`: softmax LOCAL plus the walk.
 
     It takes O(S^2) memory and O(S^3) time: for analysis of short contexts. Nothing is dropped out.
 
@@ -345,63 +210,43 @@ def attention_scores(
 
     Raises: as `rwr_attention`.
     """
-    config = RWRConfig(
-        alpha=alpha,
-        steps=steps,
-        topk=topk,
-        neighbor_block=neighbor_block,
-        window=window,
-        threshold=threshold,
-        edge_weight=edge_weight,
-        reversible=reversible,
-        reciprocal_beta=reciprocal_beta,
-        fusion=fusion,
-        is_causal=is_causal,
-    )
-    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    check_shapes(query, key, padding_mask=padding_mask)
-    heads, head_size = query.shape[2:]
-    check_per_head("lens_strength", lens_strength, heads)
-    check_per_head("concentration", concentration, heads, *CONCENTRATION_RANGE)
-    _check_discoverability(discoverability, heads, head_size)
-    if graph is not None:
-        check_graph(graph, query, config)
-    matrix = reference.attention_matrix(
-        query,
-        key,
-        config,
-        lens_strength=lens_strength,
-        concentration=concentration,
-        discoverability=discoverability,
-        padding_mask=padding_mask,
-        graph=graph,
-    )
-    return ops.cast(matrix, query.dtype)
+    options, call, tensors = _read({**locals(), "value": key})
+    inputs = Inputs(**tensors)
+    heads = Heads.create(inputs, options, call)
+    matrix = _reference.attention_matrix(heads, options, call)
+    matrix = ops.where(heads.tokens.real, matrix + heads.poison, 0.0)
+    return ops.cast(matrix, inputs.query.dtype)
 
 
 def token_importance(
-    query,
-    key,
+    query: Tensor,
+    key: Tensor,
     *,
-    alpha=0.2,
-    steps=4,
-    topk=32,
-    neighbor_block=16,
-    window=128,
-    threshold=None,
-    edge_weight="cosine",
-    concentration=20.0,
-    reversible=False,
-    discoverability=None,
-    padding_mask=None,
-    is_causal=False,
-    graph=None,
-):
+    alpha: float = 0.2,
+    steps: int = 4,
+    topk: int = 32,
+    neighbor_block: int = 16,
+    window: int = 128,
+    threshold: float | None = None,
+    edge_weight: str = "cosine",
+    concentration: Any = 20.0,
+    reversible: bool = False,
+    self_edges: bool = True,
+    discoverability: Tensor = None,
+    padding_mask: Tensor = None,
+    graph_query: Tensor = None,
+    graph_key: Tensor = None,
+    hop_weights: Tensor = None,
+    segment_ids: Tensor = None,
+    is_causal: bool = False,
+    graph: SparseGraph | None = None,
+) -> Tensor:
     """How much the walks of all tokens visit each token, `sum_i r_ij / S`.
 
-    The transpose of P is walked once from all tokens together, in O(S) memory. r is the forward
-    walk, without the reciprocal mix, and S counts a sequence's real tokens, so that the
-    importances of a sequence sum to `1 - (1 - alpha)^(steps + 1)`.
+    The transpose of P is walked once from all tokens together, in O(S) memory. `r = sum_t theta_t
+    P^t` is the forward walk, without the reciprocal mix and without `lens_strength`, and S counts a
+    sequence's real tokens, so that the importances of a sequence sum to `1 - (1 - alpha)^(steps +
+    1)`, or to the mean sum of `hop_weights`.
 
     Args: as for `rwr_attention`.
 
@@ -413,94 +258,164 @@ def token_importance(
     Reference:
         - [Page et al., 1999](http://ilpubs.stanford.edu:8090/422/): PageRank
     """
-    config = RWRConfig(
-        alpha=alpha,
-        steps=steps,
-        topk=topk,
-        neighbor_block=neighbor_block,
-        window=window,
-        threshold=threshold,
-        edge_weight=edge_weight,
-        reversible=reversible,
-        is_causal=is_causal,
-    )
-    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    check_shapes(query, key, padding_mask=padding_mask)
-    heads, head_size = query.shape[2:]
-    check_per_head("concentration", concentration, heads, *CONCENTRATION_RANGE)
-    _check_discoverability(discoverability, heads, head_size)
-    if graph is None:
-        bias = None
-        if discoverability is not None:
-            bias = key_bias(key, discoverability)
-        neighbors = graphs.select_neighbors(query, key, config, padding_mask)
-        graph = graphs.transition(query, key, config, concentration, padding_mask, neighbors, bias)
-    else:
-        check_graph(graph, query, config)
-    _, _, valid = prepare(query, key, padding_mask)
-    real = ops.cast(valid, graph.local.dtype)
-    start = real / ops.maximum(ops.sum(real, axis=2, keepdims=True), 1.0)
-    batch, size, heads = ops.shape(query)[:3]
-    start = graph.tiling.pad(ops.broadcast_to(start, (batch, heads, size, 1)))
-    visits = start
-    for _ in range(steps):
-        visits = start + (1.0 - alpha) * graph.transposed_matmul(visits)
-    visits = ops.where(valid, graph.tiling.cut(alpha * visits), 0.0)
+    options, call, tensors = _read({**locals(), "value": key})
+    heads = Heads.create(Inputs(**tensors), options, call)
+    transition = heads.transition(options, Tuning())
+    graphs, number = transition.log_weights.local.shape[1], heads.query.shape[1]
+    real = ops.cast(heads.tokens.real, heads.query.dtype)
+    start = real / ops.maximum(ops.sum(real, axis=2, keepdims=True), 1.0)  # (B or 1, 1, S, 1)
+    start = heads.hop_weights * ops.broadcast_to(
+        start, (ops.shape(query)[0], number, ops.shape(query)[1], 1)
+    )  # (B, N, S, T + 1)
+
+    def column(t: int) -> Tensor:
+        return transition.tiling.pad(side_by_side(start[..., t : t + 1], graphs))
+
+    # Horner's scheme on the transpose: u <- theta_t s + P^T u.
+    visits = column(options.steps)
+    for t in reversed(range(options.steps)):
+        visits = column(t) + transition.transition.transposed_matmul(visits)
+    visits = apart(transition.tiling.cut(visits), number)
+    visits = ops.where(heads.tokens.real, visits + heads.poison, 0.0)
     return ops.transpose(visits[..., 0], (0, 2, 1))
 
 
-def check_graph(graph, query, config):
-    """Checks that a caller's graph is normalised and fits the call.
-
-    Raises:
-        TypeError: If it is no `SparseGraph`.
-        ValueError: If it is not normalised, or was built for other shapes or options.
-    """
-    if not isinstance(graph, graphs.SparseGraph):
-        raise TypeError(f"`graph` must be a SparseGraph. Received: graph={graph!r}")
-    if graph.stationary is None:
+def _read(arguments: dict[str, Any]) -> tuple[Options, Call, dict[str, Any]]:
+    """Checks the arguments of a call: its options, its facts, and its tensors by name."""
+    tensors = {name: arguments.get(name) for name in Inputs.names()}
+    numbers = ("concentration", "lens_strength")
+    if "lens_strength" not in arguments:
+        tensors["lens_strength"] = 1.0
+    # Numbers that may be tensors are checked beside the number of heads.
+    options = Options.pick({k: v for k, v in arguments.items() if k not in numbers})
+    call = Call.pick(arguments)
+    for name in ("query", "key", "value"):
+        tensors[name] = as_tensor(name, tensors[name])
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    check_shape("query", query, "(B, S, N, H)", (None, None, None, None))
+    batch, size, heads, features = query.shape
+    check_shape("key", key, "(B, S, M, H)", (batch, size, None, features))
+    check_shape("value", value, "(B, S, M, V)", (batch, size, key.shape[2], None))
+    kv_heads = key.shape[2]
+    if kv_heads and heads % kv_heads:
         raise ValueError(
-            "`graph` must be normalised by `keras_rwr.graph.normalize_to_p`. "
-            f"Received: graph={graph}"
+            "`key` must have a number of heads that divides that of `query`. Received: key of "
+            f"shape {tuple(key.shape)}, query of shape {tuple(query.shape)}"
         )
-    for name in GRAPH_OPTIONS:
-        built, asked = getattr(graph.config, name), getattr(config, name)
-        if built != asked:
+    options = _read_graph(tensors, options, call)
+    options = _read_hop_weights(tensors, options, arguments)
+    for name, kind in (("padding_mask", "any"), ("segment_ids", "int")):
+        tensors[name] = check_rows(name, tensors[name], query, kind)
+    call.check(options, tensors["segment_ids"] is not None)
+    tensors["seed"] = _read_seed(tensors["seed"]) if call.dropout > 0.0 else None
+    return options, call, tensors
+
+
+def _read_graph(tensors: dict[str, Any], options: Options, call: Call) -> Options:
+    """Checks what the graph is built from."""
+    query, graph = tensors["query"], tensors["graph"]
+    batch, size, heads, features = query.shape
+    kv_heads = tensors["key"].shape[2]
+    given = [name for name in ("graph_query", "graph_key") if tensors[name] is not None]
+    if len(given) == 1:
+        other = "graph_key" if given == ["graph_query"] else "graph_query"
+        raise ValueError(f"`{other}` must be given with `{given[0]}`. Received: {other}=None")
+    graphs = heads
+    if given:
+        for name in given:
+            tensors[name] = as_tensor(name, tensors[name])
+        shape = tensors["graph_query"].shape
+        check_shape(
+            "graph_query", tensors["graph_query"], "(B, S, G, F)", (batch, size, None, None)
+        )
+        check_shape("graph_key", tensors["graph_key"], "(B, S, G, F)", shape)
+        graphs, features = shape[2:]
+        if graphs < 1 or (kv_heads and kv_heads % graphs):
             raise ValueError(
-                f"`graph` must be built with the call's options. Received: {name}={built!r} in the "
-                f"graph, {name}={asked!r} in the call"
+                "`graph_query` must have a number of graphs that divides the heads of `key`. "
+                f"Received: graph_query of shape {tuple(shape)}, key of shape "
+                f"{tuple(tensors['key'].shape)}"
             )
-    shape = (graph.local.shape[0], graph.tiling.size, graph.local.shape[1])
-    if not compatible(shape, query.shape[:3]):
+        if graph is not None:
+            raise ValueError(
+                f"`graph` must be `None` beside `graph_query`. Received: graph={graph!r}"
+            )
+        options = options.replace(graph_heads=graphs)
+    if graph is not None:
+        check_fits(graph, query, kv_heads, options, call)
+        if tensors["discoverability"] is not None and graphs != graph.neighbors.shape[1]:
+            graphs = graph.neighbors.shape[1]
+    check_per_head("concentration", tensors["concentration"], graphs, *CONCENTRATION_RANGE)
+    check_per_head("lens_strength", tensors["lens_strength"], heads)
+    for name in ("concentration", "lens_strength"):
+        if is_tensor(tensors[name]):
+            tensors[name] = as_tensor(name, tensors[name])
+    if tensors["discoverability"] is not None:
+        u = tensors["discoverability"] = as_tensor("discoverability", tensors["discoverability"])
+        letters = "(G, F)" if given else "(N, H)"
+        check_shape("discoverability", u, letters, (graphs, features))
+    return options
+
+
+def _read_hop_weights(
+    tensors: dict[str, Any], options: Options, arguments: dict[str, Any]
+) -> Options:
+    """Checks theta, which takes the place of alpha, steps and gamma."""
+    if tensors["hop_weights"] is None:
+        return options
+    weights = tensors["hop_weights"] = as_tensor("hop_weights", tensors["hop_weights"])
+    batch, size, heads, _ = tensors["query"].shape
+    last = weights.shape[-1] if len(weights.shape) else None
+    check_shape(
+        "hop_weights",
+        weights,
+        "(T + 1,), (N, T + 1) or (B, S, N, T + 1)",
+        (last,),
+        (heads, last),
+        (batch, size, heads, last),
+    )
+    if not last:
         raise ValueError(
-            "`graph` must be built for the call's batch size, length and heads. "
-            f"Received: graph of (B, S, N) = {shape}, query of shape {tuple(query.shape)}"
+            "`hop_weights` must have at least the weight of no step. "
+            f"Received: hop_weights of shape {tuple(weights.shape)}"
         )
-
-
-def _check_discoverability(discoverability, heads, head_size):
-    if discoverability is None:
-        return
-    shape = tuple(getattr(discoverability, "shape", ()))
-    if shape != (heads, head_size):
+    options.check_defaults("`hop_weights` takes its place", "alpha")
+    default = Options().lens_strength
+    strength = arguments.get("lens_strength", default)
+    if not (isinstance(strength, float) and strength == default):
         raise ValueError(
-            f"`discoverability` must have shape (N, H) = {(heads, head_size)}. "
-            f"Received: discoverability of shape {shape}"
+            "`lens_strength` must be left at its default: `hop_weights` takes its place. "
+            f"Received: lens_strength={strength!r}"
         )
+    steps = last - 1
+    if options.steps not in (steps, Options().steps):
+        raise ValueError(
+            "`steps` must be left out with `hop_weights`, or be one less than their number. "
+            f"Received: steps={options.steps}, hop_weights of shape {tuple(weights.shape)}"
+        )
+    if options.fusion != "sum":
+        raise ValueError(
+            f'`fusion` must be "sum" with `hop_weights`. Received: fusion={options.fusion!r}'
+        )
+    if options.is_reciprocal and len(weights.shape) == 4:
+        raise ValueError(
+            "`reciprocal_beta` must be 1 where each token has hop weights of its own: the "
+            "reciprocal mix needs the same for all. "
+            f"Received: reciprocal_beta={options.reciprocal_beta}"
+        )
+    return options.replace(steps=steps)
 
 
-def _check_seed(seed):
+def _read_seed(seed: Any) -> Any:
     """The seed as an int or a tensor of shape `(2,)` or `(4,)`."""
+    rule = "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,)"
     if isinstance(seed, keras.random.SeedGenerator):
         return seed.next()
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return seed
     if seed is None or isinstance(seed, (bool, float, str)):
-        raise ValueError(
-            "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,) or "
-            f"(4,) when `dropout` > 0. Received: seed={seed!r}"
-        )
-    if not isinstance(seed, int) and tuple(seed.shape) not in ((2,), (4,)):
-        raise ValueError(
-            "`seed` must be an int, a keras.random.SeedGenerator or an int tensor of shape (2,) or "
-            f"(4,). Received: seed of shape {tuple(seed.shape)}"
-        )
+        raise ValueError(f"{rule} when `dropout` > 0. Received: seed={seed!r}")
+    seed = as_tensor("seed", seed, "int")
+    if not any(len(seed.shape) == 1 and compatible(seed.shape, (n,)) for n in (2, 4)):
+        raise ValueError(f"{rule} or (4,). Received: seed of shape {tuple(seed.shape)}")
     return seed

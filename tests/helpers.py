@@ -11,13 +11,11 @@ import oracle
 import oracle_gradients
 from keras import ops
 
-from keras_rwr.ops import rwr_attention
-
 BACKEND = keras.backend.backend()
 
 # What runs a call of fusion "sum" on a CPU, and what the package takes there by default.
-IMPLEMENTATIONS = ("reference", "portable", *(("xla",) if BACKEND == "tensorflow" else ()))
-DEFAULT = "xla" if BACKEND == "tensorflow" else "portable"
+IMPLEMENTATIONS = ("reference", "portable")
+DEFAULT = "portable"
 
 # Norm-wise relative error and largest error as a share of the largest value, both in float32
 # against float64.
@@ -33,7 +31,6 @@ TOLERANCES = {
     # Two float32 computations of the same thing on two backends.
     "backends": 1e-5,
 }
-SUMMED = ("discoverability", "concentration", "lens_strength")
 
 # All inputs are of order 1. Gradients far below this are exact zeros plus roundings of terms that
 # cancel.
@@ -43,30 +40,57 @@ CASE_DEFAULTS = {
     "batch": 2,
     "tokens": 29,
     "heads": 2,
+    "kv_heads": None,  # as many as heads
     "head_dim": 7,
     "value_dim": 5,
+    "graph_heads": None,  # each head has a graph of its own
+    "graph_dim": 6,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of one case, float32 as the package gets them."""
+    """Arrays of one case, float32 as the package gets them; `None` for what takes no part."""
 
     query: np.ndarray  # (B, S, N, H)
-    key: np.ndarray  # (B, S, N, H)
-    value: np.ndarray  # (B, S, N, Hv)
-    discoverability: np.ndarray  # (N, H)
-    concentration: np.ndarray  # (N,)
-    lens_strength: np.ndarray  # (N,)
-    padding_mask: np.ndarray | None  # (B, S) bool
-    cotangent: np.ndarray  # (B, S, N, Hv)
+    key: np.ndarray  # (B, S, M, H)
+    value: np.ndarray  # (B, S, M, V)
+    cotangent: np.ndarray  # (B, S, N, V)
+    concentration: np.ndarray  # (N,) or (G,)
+    graph_query: np.ndarray | None = None  # (B, S, G, F)
+    graph_key: np.ndarray | None = None  # (B, S, G, F)
+    discoverability: np.ndarray | None = None  # (N, H) or (G, F)
+    lens_strength: np.ndarray | None = None  # (N,), unless there are hop weights
+    hop_weights: np.ndarray | None = None  # (T + 1,), (N, T + 1) or (B, S, N, T + 1)
+    padding_mask: np.ndarray | None = None  # (B, S) bool
+    segment_ids: np.ndarray | None = None  # (B, S) int32
 
     def arrays(self):
-        """The differentiable arrays, in `oracle_gradients.NAMES` order."""
-        return {name: getattr(self, name) for name in oracle_gradients.NAMES}
+        """The differentiable arrays by name, in `oracle_gradients.NAMES` order."""
+        return self.given(*oracle_gradients.NAMES)
+
+    def given(self, *names):
+        """Those of the named arrays that take part, by name."""
+        arrays = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def graph_arguments(self):
+        """What `oracle.graphs` takes beside queries, keys and options."""
+        return self.given(
+            "graph_query",
+            "graph_key",
+            "discoverability",
+            "concentration",
+            "padding_mask",
+            "segment_ids",
+        )
+
+    def labels(self):
+        """The segment of each token, `oracle.PADDING` at padding, (B, S)."""
+        return oracle.token_labels(self.query.shape[:2], self.padding_mask, self.segment_ids)
 
     def real(self):
-        return oracle.real_tokens(self.query, self.padding_mask)
+        return self.labels() != oracle.PADDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +100,11 @@ class Case:
     name: str
     options: tuple = ()
     sizes: tuple = ()
-    padding: str | None = None
+    padding: str | None = None  # "right", "left", "holes" or "row"
+    segments: bool = False
     discoverability: bool = False
+    hop_weights: str | None = None  # "shared", "head" or "token"
+    extreme: bool = False  # concentrations of 64, biases beyond 8, vectors far from length 1
     seed: tuple = (0, 0)
     far: bool = False  # whether the case promises edges outside the window
 
@@ -88,6 +115,13 @@ class Case:
     def oracle_options(self):
         return oracle.Options(**dict(self.options))
 
+    @property
+    def is_first_edition(self):
+        """Whether kernels of the whole operation take the case."""
+        sizes = dict(self.sizes)
+        new = (self.segments, self.hop_weights, sizes.get("kv_heads"), sizes.get("graph_heads"))
+        return self.oracle_options.self_edges and not any(new)
+
     @functools.cached_property
     def inputs(self):
         return self.draw()
@@ -96,37 +130,40 @@ class Case:
         """The first seeded draw that float32 can decide as float64 does.
 
         A cosine within 1e-5 of the threshold may fall on either side of it, a block's score within
-        1e-5 of another's may win or lose, and a degree under 0.01 amplifies every rounding more
-        than 100 times. None of them says anything about the code.
+        1e-5 of another's may win or lose, a bias may or may not be clipped, and a degree under
+        0.01 amplifies every rounding more than 100 times. None of them says anything about the
+        code.
         """
-        sizes = {**CASE_DEFAULTS, **dict(self.sizes)}
         for attempt in range(100):
             rng = np.random.default_rng([zlib.crc32(self.name.encode()), attempt])
-            inputs = draw_inputs(rng, padding=self.padding, **sizes)
-            if is_well_conditioned(inputs, self):
+            inputs = draw_inputs(
+                rng,
+                padding=self.padding,
+                segments=self.segments,
+                discoverability=self.discoverability,
+                hop_weights=self.hop_weights,
+                steps=self.oracle_options.steps,
+                extreme=self.extreme,
+                **{**CASE_DEFAULTS, **dict(self.sizes)},
+            )
+            if is_well_conditioned(inputs, self.oracle_options):
                 return inputs
         raise RuntimeError(f"No well-conditioned inputs in 100 draws. Received: case={self.name}")
 
-    def tensor_arguments(self, inputs=None):
-        """The tensor-valued options as NumPy, for the package's functions."""
-        inputs = self.inputs if inputs is None else inputs
-        return {
-            "discoverability": inputs.discoverability if self.discoverability else None,
-            "concentration": inputs.concentration,
-            "lens_strength": inputs.lens_strength,
-            "padding_mask": inputs.padding_mask,
-        }
+    def tensor_arguments(self):
+        """The tensor-valued options as NumPy, for functions of the package and of the oracle."""
+        walk = self.inputs.given("lens_strength", "hop_weights")
+        return {**self.inputs.graph_arguments(), **walk}
 
     @functools.cached_property
     def graphs(self):
-        """The oracle's graphs, [batch][head]."""
-        arguments = self.tensor_arguments()
-        del arguments["lens_strength"]
+        """The oracle's graphs, [batch][graph]."""
+        arguments = self.inputs.graph_arguments()
         return oracle.graphs(self.inputs.query, self.inputs.key, self.oracle_options, **arguments)
 
     @functools.cached_property
     def neighbors(self):
-        """The oracle's neighbour blocks, (B, N, S, topk / neighbor_block)."""
+        """The oracle's neighbour blocks, (B, G, S, topk / neighbor_block)."""
         return stack(self.graphs, "neighbors")
 
     @functools.cached_property
@@ -144,43 +181,103 @@ class Case:
 
     @functools.cached_property
     def expected_gradients(self):
-        """Gradients by name from the independent formula."""
-        arrays = self.inputs.arrays()
-        if not self.discoverability:
-            arrays["discoverability"] = np.zeros_like(arrays["discoverability"])
-        output, gradients = oracle_gradients.gradients(
-            arrays,
+        """Output and gradients by name, from the independent formula."""
+        return oracle_gradients.gradients(
+            self.inputs.arrays(),
             self.inputs.cotangent,
             options=self.oracle_options,
-            real=self.inputs.real(),
+            labels=self.inputs.labels(),
             neighbors=self.neighbors,
             seed=self.seed,
         )
-        return output, gradients
 
 
 def stack(graphs, field):
-    """One field of the oracle's nested graphs as (B, N, ...)."""
+    """One field of the oracle's nested graphs as (B, G, ...)."""
     return np.stack([np.stack([getattr(graph, field) for graph in row]) for row in graphs])
 
 
-def draw_inputs(rng, *, batch, tokens, heads, head_dim, value_dim, padding):
+def draw_inputs(
+    rng,
+    *,
+    batch,
+    tokens,
+    heads,
+    kv_heads,
+    head_dim,
+    value_dim,
+    graph_heads,
+    graph_dim,
+    padding=None,
+    segments=False,
+    discoverability=False,
+    hop_weights=None,
+    steps=4,
+    extreme=False,
+):
     def normal(*shape):
         return rng.standard_normal(shape).astype("float32")
 
-    key = normal(batch, tokens, heads, head_dim)
-    return Inputs(
+    def leaning(key):
         # Queries lean on keys, as they do in a trained model, so that degrees differ from token to
         # token.
-        query=(normal(batch, tokens, heads, head_dim) + 0.7 * key).astype("float32"),
-        key=key,
-        value=normal(batch, tokens, heads, value_dim),
-        discoverability=(0.5 * normal(heads, head_dim)).astype("float32"),
-        concentration=rng.uniform(2.0, 25.0, heads).astype("float32"),
-        lens_strength=rng.uniform(0.2, 0.8, heads).astype("float32"),
-        padding_mask=draw_padding(rng, padding, batch, tokens),
-        cotangent=normal(batch, tokens, heads, value_dim),
-    )
+        return (normal(*key.shape) + 0.7 * key).astype("float32")
+
+    kv_heads = heads if kv_heads is None else kv_heads
+    key = normal(batch, tokens, kv_heads, head_dim)
+    query = leaning(oracle.repeat_heads(key, heads))
+    if extreme:
+        query[:, 1::5], key[:, 2::5] = 0.01 * query[:, 1::5], 0.01 * key[:, 2::5]
+    drawn = {
+        "query": query,
+        "key": key,
+        "value": normal(batch, tokens, kv_heads, value_dim),
+        "cotangent": normal(batch, tokens, heads, value_dim),
+        "padding_mask": draw_padding(rng, padding, batch, tokens),
+    }
+    if graph_heads is not None:
+        scale = draw_scale(rng, batch, tokens) if extreme else 1.0
+        graph_key = normal(batch, tokens, graph_heads, graph_dim)
+        drawn["graph_query"] = (scale * leaning(graph_key)).astype("float32")
+        drawn["graph_key"] = (scale * graph_key).astype("float32")
+    graphs, size = (heads, head_dim) if graph_heads is None else (graph_heads, graph_dim)
+    if discoverability:
+        strength = 2.0 if extreme else 0.5
+        drawn["discoverability"] = (strength * normal(graphs, size)).astype("float32")
+    kappa = rng.uniform(2.0, 25.0, graphs)
+    drawn["concentration"] = np.where(extreme, 64.0, kappa).astype("float32")
+    if hop_weights is None:
+        drawn["lens_strength"] = rng.uniform(0.2, 0.8, heads).astype("float32")
+    else:
+        shapes = {"shared": (), "head": (heads,), "token": (batch, tokens, heads)}
+        drawn["hop_weights"] = draw_hop_weights(rng, (*shapes[hop_weights], steps + 1))
+    if segments:
+        drawn["segment_ids"] = draw_segments(rng, batch, tokens)
+    return Inputs(**drawn)
+
+
+def draw_scale(rng, batch, tokens):
+    """Lengths of vectors, (B, S, 1, 1): squares of most leave float32's range, two are nothing."""
+    scale = 10.0 ** rng.uniform(-2.0, 30.0, (batch, tokens, 1, 1))
+    scale[:, 1], scale[:, 2] = 0.0, 1e-30
+    return scale
+
+
+def draw_hop_weights(rng, shape):
+    """Of either sign for each token; else positive, as a reciprocal mix wants them, but for a 0."""
+    if len(shape) > 2:
+        return rng.normal(0.4, 0.4, shape).astype("float32")
+    weights = rng.uniform(0.1, 0.9, shape).astype("float32")
+    if len(shape) == 2:
+        weights[0, shape[1] // 2] = 0.0
+    return weights
+
+
+def draw_segments(rng, batch, tokens):
+    """Three documents in each sequence, the last with the number of the first."""
+    first, second = np.sort(rng.integers(tokens // 4, tokens - tokens // 4, (2, batch, 1)), axis=0)
+    place = np.arange(tokens)
+    return np.where((place >= first) & (place < second), -3, 5).astype("int32")
 
 
 def draw_padding(rng, padding, batch, tokens):
@@ -200,33 +297,35 @@ def draw_padding(rng, padding, batch, tokens):
     return mask
 
 
-def is_well_conditioned(inputs, case):
-    options = case.oracle_options
+def is_well_conditioned(inputs, options):
     threshold = oracle.edge_threshold(options)
-    real = inputs.real()
-    query, key = np.asarray(inputs.query, np.float64), np.asarray(inputs.key, np.float64)
-    for b in range(query.shape[0]):
-        for n in range(query.shape[2]):
-            query_unit = oracle.unit_rows(query[b, :, n])
-            key_unit = oracle.unit_rows(key[b, :, n])
-            if np.isfinite(threshold) and np.abs(query_unit @ key_unit.T - threshold).min() < 1e-5:
-                return False
-            if options.topk and selection_margin(query_unit, key_unit, real[b], options) < 1e-5:
-                return False
+    labels, arguments = inputs.labels(), inputs.graph_arguments()
+    query, key = oracle.graph_vectors(
+        inputs.query, inputs.key, inputs.graph_query, inputs.graph_key
+    )
+    for b, g in np.ndindex(query.shape[0], query.shape[2]):
+        query_unit = oracle.unit_rows(query[b, :, g])
+        key_unit = oracle.unit_rows(key[b, :, g])
+        if np.isfinite(threshold) and np.abs(query_unit @ key_unit.T - threshold).min() < 1e-5:
+            return False
+        if options.topk and selection_margin(query_unit, key_unit, labels[b], options) < 1e-5:
+            return False
+    if inputs.discoverability is not None:
+        bias = np.einsum("bjgf,gf->bjg", key, inputs.discoverability)
+        if np.abs(np.abs(bias) - 8.0).min() < 1e-4:
+            return False
     if options.edge_weight == "exponential":
         return True
-    arguments = case.tensor_arguments(inputs)
-    del arguments["lens_strength"]
     graphs = oracle.graphs(inputs.query, inputs.key, options, **arguments)
     return stack(graphs, "degree").min() > 1e-2
 
 
-def selection_margin(query_unit, key_unit, real, options):
+def selection_margin(query_unit, key_unit, labels, options):
     """Smallest gap between the last block taken and the first one left."""
     slots = options.topk // options.neighbor_block
     margin = np.inf
     for i in range(len(query_unit)):
-        candidates = oracle.block_candidates(i, query_unit, key_unit, real, options)
+        candidates = oracle.block_candidates(i, query_unit, key_unit, labels, options)
         scores = sorted((score for score, _ in candidates), reverse=True)
         if len(scores) > slots:
             margin = min(margin, scores[slots - 1] - scores[slots])
@@ -236,17 +335,17 @@ def selection_margin(query_unit, key_unit, real, options):
 # --- the cases -----------------------------------------------------------------------------------
 
 
-def case(
-    name, *, sizes=None, padding=None, discoverability=False, seed=(0, 0), far=True, **options
-):
+def case(name, *, sizes=None, far=True, **arguments):
+    """A `Case` of its fields, options of the operation and sizes, all by name."""
+    fields = {field.name for field in dataclasses.fields(Case)}
+    sizes = {**(sizes or {}), **{x: arguments[x] for x in CASE_DEFAULTS if x in arguments}}
+    options = {x: y for x, y in arguments.items() if x not in fields and x not in CASE_DEFAULTS}
     return Case(
         name=name,
         options=tuple(sorted(options.items())),
-        sizes=tuple(sorted((sizes or {}).items())),
-        padding=padding,
-        discoverability=discoverability,
-        seed=seed,
+        sizes=tuple(sorted(sizes.items())),
         far=far,
+        **{x: y for x, y in arguments.items() if x in fields},
     )
 
 
@@ -255,6 +354,9 @@ FOURS = {"window": 5, "topk": 8, "neighbor_block": 4}
 SIXTEENS = {"window": 17, "topk": 32, "neighbor_block": 16}
 LONG = {"batch": 1, "tokens": 97, "heads": 1}
 MEDIUM = {"batch": 1, "tokens": 53}
+GROUPED = {"heads": 4, "kv_heads": 2}
+TWO_OF_FOUR = {**GROUPED, "graph_heads": 2}
+R5 = {"graph_heads": 1, "edge_weight": "exponential", "self_edges": False, "hop_weights": "token"}
 
 HAND_CHOSEN = [
     case("R1 causal", is_causal=True, **SINGLE),
@@ -291,11 +393,7 @@ HAND_CHOSEN = [
         **SINGLE,
     ),
     case(
-        "exponential threshold",
-        edge_weight="exponential",
-        threshold=-0.2,
-        is_causal=True,
-        **SINGLE,
+        "exponential threshold", edge_weight="exponential", threshold=-0.2, is_causal=True, **SINGLE
     ),
     case("positive threshold", threshold=0.15, **SINGLE),
     case("negative threshold", threshold=-0.3, is_causal=True, reversible=True, **SINGLE),
@@ -341,6 +439,98 @@ HAND_CHOSEN = [
     ),
 ]
 
+SECOND_EDITION = [
+    case("R5 causal", is_causal=True, **R5, **SINGLE),
+    case("R5 bidirectional", **R5, **SINGLE),
+    case("R5 padding right", padding="right", is_causal=True, **R5, **SINGLE),
+    case("R5 padding left", padding="left", is_causal=True, **R5, **SINGLE),
+    case("R5 padding holes", padding="holes", **R5, **SINGLE),
+    case("R5 segments", padding="holes", segments=True, is_causal=True, **R5, **SINGLE),
+    case("R5 blocks", is_causal=True, sizes=MEDIUM, **R5, **FOURS),
+    case("R5 one token", tokens=1, far=False, is_causal=True, **R5, **SINGLE),
+    case(
+        "two graphs for four heads",
+        hop_weights="head",
+        discoverability=True,
+        is_causal=True,
+        **TWO_OF_FOUR,
+        **SINGLE,
+    ),
+    case(
+        "grouped heads", reversible=True, discoverability=True, is_causal=True, **GROUPED, **SINGLE
+    ),
+    case(
+        "grouped heads dropout",
+        edge_weight="exponential",
+        heads=3,
+        kv_heads=1,
+        dropout=0.2,
+        seed=(3, 5),
+        **SINGLE,
+    ),
+    case("hop weights shared", hop_weights="shared", steps=2, is_causal=True, **SINGLE),
+    case("hop weights of a head", hop_weights="head", edge_weight="exponential", **SINGLE),
+    case("hop weights of a token", hop_weights="token", padding="right", **SINGLE),
+    case(
+        "hop weights reciprocal",
+        hop_weights="head",
+        reversible=True,
+        discoverability=True,
+        is_causal=True,
+        **SINGLE,
+    ),
+    case("no self edges", self_edges=False, is_causal=True, **SINGLE),
+    case("no self edges reversible", self_edges=False, reversible=True, **SINGLE),
+    case(
+        "discoverable graph",
+        graph_heads=1,
+        edge_weight="exponential",
+        reversible=True,
+        discoverability=True,
+        padding="right",
+        **SINGLE,
+    ),
+    case("segments causal", segments=True, is_causal=True, discoverability=True, **SINGLE),
+    case("segments bidirectional", segments=True, reversible=True, **SINGLE),
+    case("segments without neighbours", segments=True, window=4, topk=0, far=False),
+    case(
+        "isolated tokens",
+        edge_weight="exponential",
+        threshold=0.35,
+        self_edges=False,
+        reversible=True,
+        discoverability=True,
+        is_causal=True,
+        **SINGLE,
+    ),
+    case(
+        "window 0 without self edges",
+        self_edges=False,
+        window=0,
+        topk=3,
+        neighbor_block=1,
+        reversible=True,
+    ),
+    case(
+        "extreme graph",
+        extreme=True,
+        graph_heads=1,
+        edge_weight="exponential",
+        discoverability=True,
+        is_causal=True,
+        **SINGLE,
+    ),
+    case(
+        "extreme reversible",
+        extreme=True,
+        edge_weight="exponential",
+        reversible=True,
+        discoverability=True,
+        self_edges=False,
+        **SINGLE,
+    ),
+]
+
 SOFTMAX = [
     case("softmax causal", fusion="softmax", is_causal=True, **SINGLE),
     case("softmax R3", fusion="softmax", reversible=True, discoverability=True, **SINGLE),
@@ -356,7 +546,7 @@ SOFTMAX = [
 ]
 
 
-def random_cases(count):
+def random_cases(count, second_edition=False):
     """Seeded combinations of every option, for what nobody thought of combining."""
     rng = np.random.default_rng(20240607)
     cases = []
@@ -380,10 +570,21 @@ def random_cases(count):
             "is_causal": pick([False, True]),
             "dropout": pick([0.0, 0.0, 0.25]),
         }
+        if second_edition:
+            options["self_edges"] = pick([False, True])
+            options["segments"] = block == 1 and pick([False, True])
+            options["hop_weights"] = pick([None, "shared", "head", "token"])
+            options.update(pick([{}, {"kv_heads": 1}, {"graph_heads": 1}, TWO_OF_FOUR, GROUPED]))
+            if options["hop_weights"] is not None:
+                del options["alpha"]
+            if options["hop_weights"] == "token":
+                options["reciprocal_beta"] = 1.0
         cases.append(
             case(
-                f"random {len(cases)}",
-                sizes={"tokens": 53 if block == 16 else 29, "batch": 1, "head_dim": 16},
+                f"random {len(cases)}{' second edition' if second_edition else ''}",
+                tokens=53 if block == 16 else 29,
+                batch=1,
+                head_dim=16,
                 padding=pick([None, "right", "left", "holes"]),
                 discoverability=pick([False, True]),
                 seed=(int(rng.integers(2**31)), int(rng.integers(2**31))),
@@ -394,9 +595,16 @@ def random_cases(count):
     return cases
 
 
-RANDOM = random_cases(8)
-SUM_CASES = HAND_CHOSEN + RANDOM
+RANDOM = random_cases(8) + random_cases(8, second_edition=True)
+SUM_CASES = HAND_CHOSEN + SECOND_EDITION + RANDOM
+KERNEL_CASES = [case for case in SUM_CASES if case.is_first_edition]
 ALL_CASES = SUM_CASES + SOFTMAX
+
+
+def by_name(name):
+    (found,) = [case for case in ALL_CASES if case.name == name]
+    return found
+
 
 # The ablation steps with their windows scaled down to the tests' lengths.
 ABLATION = {
@@ -404,6 +612,7 @@ ABLATION = {
     "R2": {"reversible": True},
     "R3": {"reversible": True, "reciprocal_beta": 0.7, "discoverability": True},
     "R4": {"edge_weight": "exponential"},
+    "R5": R5,
 }
 GRANULARITY = {1: SINGLE, 16: SIXTEENS}
 GRANULARITY_TOKENS = {1: 29, 16: 61}
@@ -450,7 +659,8 @@ def assert_gradients_close(actual, expected):
     if set(actual) != set(expected):
         raise AssertionError(f"gradients differ in kind: {sorted(actual)} and {sorted(expected)}")
     for name, gradient in actual.items():
-        kind = "gradient_of_a_sum" if name in SUMMED else "gradient"
+        # Activations and weights of each token have gradients of their own.
+        kind = "gradient" if np.ndim(gradient) == 4 else "gradient_of_a_sum"
         assert_close(gradient, expected[name], TOLERANCES[kind], f"gradient of {name}")
 
 
@@ -509,14 +719,12 @@ def value_and_gradients(fn, *arrays):
     raise NotImplementedError(f"No gradients on this backend. Received: backend={BACKEND}")
 
 
-def attention_gradients(run, inputs, discoverability=True):
-    """Output and gradients by name of `run(query, key, value, u, kappa, gamma)`."""
+def attention_gradients(run, inputs):
+    """Output and gradients by name of `run(**tensors)`, for the tensors that take part."""
     arrays = inputs.arrays()
-    if not discoverability:
-        arrays["discoverability"] = np.zeros_like(arrays["discoverability"])
 
     def scalar(*tensors):
-        output = run(*tensors)
+        output = run(**dict(zip(arrays, tensors, strict=True)))
         return ops.sum(output * ops.convert_to_tensor(inputs.cotangent)), output
 
     output, gradients = value_and_gradients(scalar, *arrays.values())
@@ -527,27 +735,28 @@ def attention_gradients(run, inputs, discoverability=True):
 
 
 def attention(inputs, options, implementation, *, seed=None, padding_mask=None, graph=None):
-    """`keras_rwr.ops.rwr_attention` as a function of `oracle_gradients.NAMES`' tensors."""
+    """`keras_rwr.ops.rwr_attention` as a function of the tensors in `oracle_gradients.NAMES`."""
+    # The oracle's own tests run without the package.
+    from keras_rwr.ops import rwr_attention
+
     if seed is not None:
         seed = ops.convert_to_tensor(np.array(seed, "int32"))
-    if padding_mask is None:
-        padding_mask = inputs.padding_mask
+    masks = inputs.given("padding_mask", "segment_ids")
     if padding_mask is not None:
-        padding_mask = ops.convert_to_tensor(padding_mask)
+        masks["padding_mask"] = padding_mask
+    masks = {name: ops.convert_to_tensor(mask) for name, mask in masks.items()}
 
-    def run(query, key, value, discoverability, concentration, lens_strength):
+    def run(query, key, value, **tensors):
         return rwr_attention(
             query,
             key,
             value,
-            discoverability=discoverability,
-            concentration=concentration,
-            lens_strength=lens_strength,
-            padding_mask=padding_mask,
+            **tensors,
+            **masks,
+            **options,
             seed=seed,
             graph=graph,
             implementation=implementation,
-            **options,
         )
 
     return run
@@ -559,4 +768,4 @@ def run_case(case, implementation):
     options = dict(case.options)
     seed = case.seed if options.get("dropout") else None
     run = attention(case.inputs, options, implementation, seed=seed)
-    return attention_gradients(run, case.inputs, case.discoverability)
+    return attention_gradients(run, case.inputs)

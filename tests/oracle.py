@@ -3,7 +3,10 @@
 Written from the specification alone: it imports neither Keras nor the package under test, so it
 cannot share their mistakes. Every function but the last few works on one (batch, head); `i` is a
 query, `j` a key, `block` a block of keys. It is slow on purpose: one line here is one sentence of
-the specification.
+the specification. Weights are plain numbers: float64 holds all that a concentration of 64 and
+biases of 8 make of them.
+
+Letters: B batch, S positions, N query heads, M key/value heads, G graphs, H and F sizes, T steps.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import math
 import numpy as np
 
 NO_BLOCK = -1
+PADDING = 0  # the label of padding
 UINT32 = 0xFFFFFFFF
 
 
@@ -29,14 +33,16 @@ class Options:
     reversible: bool = False
     reciprocal_beta: float = 0.5
     fusion: str = "sum"
+    self_edges: bool = True
     is_causal: bool = False
     dropout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Everything the walk of one (batch, head) runs on; matrices are (S, S), vectors (S,)."""
+    """Everything the walk on one graph needs; matrices are (S, S), vectors (S,)."""
 
+    bias: np.ndarray  # b
     neighbors: np.ndarray  # (S, topk / neighbor_block) block numbers, -1 = none
     weight: np.ndarray  # W
     symmetric: np.ndarray  # S of the specification: W, or the reversible half-sum
@@ -57,13 +63,23 @@ def unit_rows(matrix):
     return np.stack([unit(row) for row in matrix])
 
 
-def is_valid(i, j, real, options):
-    """May query i see key j? Padding tokens neither see nor are seen."""
-    return bool(real[i] and real[j] and (j <= i or not options.is_causal))
+def are_together(i, j, labels):
+    """Are both tokens of one segment? Padding tokens neither see nor are seen."""
+    return bool(labels[i] == labels[j] != PADDING)
+
+
+def is_valid(i, j, labels, options):
+    """May query i see key j?"""
+    return are_together(i, j, labels) and (j <= i or not options.is_causal)
 
 
 def is_local(i, j, options):
     return abs(i - j) <= options.window
+
+
+def is_local_edge(i, j, options):
+    """Is the pair in the window of the walk, which may leave out the token itself?"""
+    return is_local(i, j, options) and (options.self_edges or i != j)
 
 
 def block_tokens(block, tokens, options):
@@ -72,38 +88,38 @@ def block_tokens(block, tokens, options):
     return range(first, min(first + options.neighbor_block, tokens))
 
 
-def block_mean(block, key_unit, real):
+def block_mean(block, key_unit, labels):
     """Mean of the normalised keys over the block's non-padding tokens."""
-    members = [key_unit[j] for j in block if real[j]]
+    members = [key_unit[j] for j in block if labels[j] != PADDING]
     return sum(members) / len(members)
 
 
-def block_candidates(i, query_unit, key_unit, real, options):
+def block_candidates(i, query_unit, key_unit, labels, options):
     """(score, block) of every block with a valid token outside i's window."""
     tokens = len(query_unit)
     candidates = []
     for number in range(math.ceil(tokens / options.neighbor_block)):
         members = block_tokens(number, tokens, options)
-        if any(is_valid(i, j, real, options) and not is_local(i, j, options) for j in members):
-            score = float(query_unit[i] @ block_mean(members, key_unit, real))
+        if any(is_valid(i, j, labels, options) and not is_local(i, j, options) for j in members):
+            score = float(query_unit[i] @ block_mean(members, key_unit, labels))
             candidates.append((score, number))
     return candidates
 
 
-def select_neighbors(query_unit, key_unit, real, options):
+def select_neighbors(query_unit, key_unit, labels, options):
     """Each query's best blocks, best first, ties to the lower number; -1 where it has fewer."""
     tokens = len(query_unit)
     slots = options.topk // options.neighbor_block
     chosen = np.full((tokens, slots), NO_BLOCK, dtype=np.int64)
     for i in range(tokens):
-        candidates = block_candidates(i, query_unit, key_unit, real, options)
+        candidates = block_candidates(i, query_unit, key_unit, labels, options)
         candidates.sort(key=lambda candidate: (-candidate[0], candidate[1]))
         for slot, (_, number) in enumerate(candidates[:slots]):
             chosen[i, slot] = number
     return chosen
 
 
-def neighbor_tokens(i, neighbors, real, options):
+def neighbor_tokens(i, neighbors, labels, options):
     """G_i: the valid tokens outside the window in the blocks that i chose."""
     tokens = len(neighbors)
     found = set()
@@ -111,7 +127,7 @@ def neighbor_tokens(i, neighbors, real, options):
         if number == NO_BLOCK:
             continue
         for j in block_tokens(int(number), tokens, options):
-            if is_valid(i, j, real, options) and not is_local(i, j, options):
+            if is_valid(i, j, labels, options) and not is_local(i, j, options):
                 found.add(j)
     return found
 
@@ -132,15 +148,17 @@ def edge_weight(cosine, concentration, options):
     return math.exp(concentration * (cosine - 1.0))
 
 
-def weight_matrix(query_unit, key_unit, real, neighbors, concentration, options, both_ways=False):
+def weight_matrix(query_unit, key_unit, labels, neighbors, concentration, options, both_ways=False):
     """W. With `both_ways` the window also reaches the later tokens of a causal model."""
     tokens = len(query_unit)
     weight = np.zeros((tokens, tokens))
     for i in range(tokens):
-        far = neighbor_tokens(i, neighbors, real, options)
+        far = neighbor_tokens(i, neighbors, labels, options)
         for j in range(tokens):
-            local = is_local(i, j, options)
-            seen = real[i] and real[j] if local and both_ways else is_valid(i, j, real, options)
+            local = is_local_edge(i, j, options)
+            seen = is_valid(i, j, labels, options)
+            if local and both_ways:
+                seen = are_together(i, j, labels)
             if seen and (local or j in far):
                 cosine = float(query_unit[i] @ key_unit[j])
                 weight[i, j] = edge_weight(cosine, concentration, options)
@@ -183,24 +201,29 @@ def transition_matrix(symmetric, bias, options):
     return transition, degree
 
 
-def build_graph(query, key, real, options, concentration, discoverability=None, neighbors=None):
-    """The whole graph of one head; `neighbors` replaces the selection when given."""
+def build_graph(query, key, labels, options, concentration, discoverability=None, neighbors=None):
+    """A whole graph; `neighbors` replaces the selection when given."""
     query_unit, key_unit = unit_rows(query), unit_rows(key)
     if neighbors is None:
-        neighbors = select_neighbors(query_unit, key_unit, real, options)
-    weight = weight_matrix(query_unit, key_unit, real, neighbors, concentration, options)
+        neighbors = select_neighbors(query_unit, key_unit, labels, options)
+    weight = weight_matrix(query_unit, key_unit, labels, neighbors, concentration, options)
     symmetric = weight
     if options.reversible:
         both_ways = weight_matrix(
-            query_unit, key_unit, real, neighbors, concentration, options, both_ways=True
+            query_unit, key_unit, labels, neighbors, concentration, options, both_ways=True
         )
         symmetric = reversible_matrix(both_ways, options)
     bias = key_bias(key, discoverability)
     transition, degree = transition_matrix(symmetric, bias, options)
-    return Graph(neighbors, weight, symmetric, transition, degree, np.exp(bias) * degree)
+    return Graph(bias, neighbors, weight, symmetric, transition, degree, np.exp(bias) * degree)
 
 
 # --- the walk ------------------------------------------------------------------------------------
+
+
+def restart_weights(options):
+    """alpha (1 - alpha)^t for t = 0 ... T."""
+    return [options.alpha * (1.0 - options.alpha) ** t for t in range(options.steps + 1)]
 
 
 def walk_mass(options):
@@ -208,31 +231,33 @@ def walk_mass(options):
     return 1.0 - (1.0 - options.alpha) ** (options.steps + 1)
 
 
-def walk_matrix(transition, options):
-    """R = alpha sum_t (1 - alpha)^t P^t, by dense powers."""
+def walk_matrix(transition, weights):
+    """sum_t theta_t P^t, by dense powers; weights (T + 1,), or (S, T + 1) for each token's own."""
     power = np.eye(len(transition))
     walk = np.zeros_like(transition)
-    for t in range(options.steps + 1):
-        walk = walk + options.alpha * (1.0 - options.alpha) ** t * power
-        power = power @ transition
+    for theta in np.asarray(weights).T:
+        walk = walk + theta.reshape(-1, 1) * power
+        power = transition @ power
     return walk
 
 
 def reciprocal_matrix(walk, stationary, mass, beta):
     """beta r + (1 - beta) r_back, r_back the row-normalised transpose of the walk."""
+    mass = np.broadcast_to(mass, len(walk))
     mixed = np.zeros_like(walk)
     for i in range(len(walk)):
         back = walk[i] / stationary
-        mixed[i] = beta * walk[i] + (1.0 - beta) * mass * back / back.sum()
+        mixed[i] = beta * walk[i] + (1.0 - beta) * mass[i] * back / back.sum()
     return mixed
 
 
-def forward_and_mixed_walk(graph, options):
+def forward_and_mixed_walk(graph, options, weights=None):
     """(r, r_recip); the two are the same without `reversible` or with beta = 1."""
-    walk = walk_matrix(graph.transition, options)
+    weights = restart_weights(options) if weights is None else weights
+    walk = walk_matrix(graph.transition, weights)
     if options.reversible and options.reciprocal_beta < 1.0:
-        beta = options.reciprocal_beta
-        return walk, reciprocal_matrix(walk, graph.stationary, walk_mass(options), beta)
+        mass = np.sum(weights, axis=-1)  # rho
+        return walk, reciprocal_matrix(walk, graph.stationary, mass, options.reciprocal_beta)
     return walk, walk
 
 
@@ -282,38 +307,42 @@ def dot_logit(query, key, i, j, bias):
     return float(query[i] @ key[j]) / math.sqrt(query.shape[-1]) + bias[j]
 
 
-def local_probabilities(query, key, real, bias, options):
+def local_tokens(i, labels, options):
+    """L_i; LOCAL keeps the token itself."""
+    tokens = range(len(labels))
+    return [j for j in tokens if is_local(i, j, options) and is_valid(i, j, labels, options)]
+
+
+def local_probabilities(query, key, labels, bias, options):
     """LOCAL's attention matrix; a query with no valid key has a row of zeros."""
     tokens = len(query)
     probabilities = np.zeros((tokens, tokens))
     for i in range(tokens):
-        local = [
-            j for j in range(tokens) if is_local(i, j, options) and is_valid(i, j, real, options)
-        ]
+        local = local_tokens(i, labels, options)
         if local:
             probabilities[i, local] = softmax([dot_logit(query, key, i, j, bias) for j in local])
     return probabilities
 
 
-def walked_tokens(i, mixed_walk, real, options):
+def walked_tokens(i, mixed_walk, labels, options):
     """R_i: the topk tokens outside the window that the walk visits most; ties to the lower."""
     visited = [
         j
         for j in range(len(mixed_walk))
-        if is_valid(i, j, real, options) and not is_local(i, j, options) and mixed_walk[i, j] > 0.0
+        if mixed_walk[i, j] > 0.0
+        and is_valid(i, j, labels, options)
+        and not is_local(i, j, options)
     ]
     return sorted(visited, key=lambda j: (-mixed_walk[i, j], j))[: options.topk]
 
 
-def fused_probabilities(query, key, real, bias, lens_strength, walk, mixed_walk, options):
+def fused_probabilities(query, key, labels, bias, lens_strength, walk, mixed_walk, options):
     """One softmax over L_i and R_i, the walk added to the logits."""
     tokens = len(query)
     probabilities = np.zeros((tokens, tokens))
     for i in range(tokens):
-        local = [
-            j for j in range(tokens) if is_local(i, j, options) and is_valid(i, j, real, options)
-        ]
-        far = walked_tokens(i, mixed_walk, real, options)
+        local = local_tokens(i, labels, options)
+        far = walked_tokens(i, mixed_walk, labels, options)
         logits = [dot_logit(query, key, i, j, bias) + lens_strength * walk[i, j] for j in local]
         logits += [lens_strength * walk[i, j] for j in far]
         if logits:
@@ -321,47 +350,59 @@ def fused_probabilities(query, key, real, bias, lens_strength, walk, mixed_walk,
     return probabilities
 
 
-def head_scores(
-    query,
-    key,
-    real,
-    options,
-    lens_strength,
-    concentration,
-    discoverability,
-    neighbors,
-    seed,
-    position,
-):
+def head_scores(query, key, labels, bias, graph, weights, lens_strength, options, seed, position):
     """The effective dense matrix of one head: y = A v. Rows of padding queries are 0."""
-    batch, head = position
-    graph = build_graph(query, key, real, options, concentration, discoverability, neighbors)
-    walk, mixed_walk = forward_and_mixed_walk(graph, options)
-    bias = key_bias(key, discoverability)
+    walk, mixed_walk = forward_and_mixed_walk(graph, options, weights)
     if options.fusion == "softmax":
         probabilities = fused_probabilities(
-            query, key, real, bias, lens_strength, walk, mixed_walk, options
+            query, key, labels, bias, lens_strength, walk, mixed_walk, options
         )
-        scores = drop(probabilities, seed, batch, head, options.dropout)
+        scores = drop(probabilities, seed, *position, options.dropout)
     else:
-        probabilities = local_probabilities(query, key, real, bias, options)
-        probabilities = drop(probabilities, seed, batch, head, options.dropout)
+        probabilities = local_probabilities(query, key, labels, bias, options)
+        probabilities = drop(probabilities, seed, *position, options.dropout)
         scores = probabilities + lens_strength * mixed_walk
-    return np.where(real[:, None], scores, 0.0)
+    return np.where(labels[:, None] != PADDING, scores, 0.0)
 
 
 # --- all heads -----------------------------------------------------------------------------------
 
 
-def real_tokens(query, padding_mask):
-    batch, tokens = query.shape[:2]
-    if padding_mask is None:
-        return np.ones((batch, tokens), dtype=bool)
-    return np.asarray(padding_mask).astype(bool)
+def token_labels(shape, padding_mask=None, segment_ids=None):
+    """The segment of each token, numbered from 1, and `PADDING`: ints (B, S)."""
+    labels = np.ones(shape, dtype=np.int64)
+    if segment_ids is not None:
+        labels += np.unique(segment_ids, return_inverse=True)[1].reshape(shape)
+    if padding_mask is not None:
+        labels[~np.asarray(padding_mask).astype(bool)] = PADDING
+    return labels
 
 
-def per_head(value, heads):
-    return np.broadcast_to(np.asarray(value, dtype=np.float64), (heads,))
+def convolve(keys, kernel, padding_mask=None, segment_ids=None):
+    """Graph keys sum_m a_m * keys_(j - m), both (B, S, G, F); a is (c, G, F).
+
+    What lies before the start, is padding or is of another segment counts as 0.
+    """
+    labels = token_labels(keys.shape[:2], padding_mask, segment_ids)
+    convolved = np.zeros(keys.shape)
+    for b, j in np.ndindex(*labels.shape):
+        for m in range(min(len(kernel), j + 1)):
+            if are_together(j, j - m, labels[b]):
+                convolved[b, j] += kernel[m] * keys[b, j - m]
+    return convolved
+
+
+def repeat_heads(x, heads):
+    """Head n of `heads` uses head n M // heads of (B, S, M, F)."""
+    x = np.asarray(x, np.float64)
+    return np.stack([x[:, :, n * x.shape[2] // heads] for n in range(heads)], axis=2)
+
+
+def graph_vectors(query, key, graph_query=None, graph_key=None):
+    """What graphs are built from, (B, S, G, F): each query head's own q and k by default."""
+    if graph_query is None:
+        graph_query, graph_key = query, repeat_heads(key, np.shape(query)[2])
+    return np.asarray(graph_query, np.float64), np.asarray(graph_key, np.float64)
 
 
 def graphs(
@@ -369,31 +410,42 @@ def graphs(
     key,
     options,
     *,
+    graph_query=None,
+    graph_key=None,
     concentration=20.0,
     discoverability=None,
     padding_mask=None,
+    segment_ids=None,
     neighbors=None,
 ):
-    """Graphs of every head as a nested list [batch][head]; query and key are (B, S, N, H)."""
-    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
-    real = real_tokens(query, padding_mask)
-    heads = query.shape[2]
-    kappa = per_head(concentration, heads)
+    """All graphs as a nested list [batch][graph]; query is (B, S, N, H), key (B, S, M, H)."""
+    query, key = graph_vectors(query, key, graph_query, graph_key)
+    batch, tokens, number, _ = query.shape
+    labels = token_labels((batch, tokens), padding_mask, segment_ids)
+    kappa = np.broadcast_to(np.asarray(concentration, np.float64), (number,))
     return [
         [
             build_graph(
-                query[b, :, n],
-                key[b, :, n],
-                real[b],
+                query[b, :, g],
+                key[b, :, g],
+                labels[b],
                 options,
-                kappa[n],
-                None if discoverability is None else np.asarray(discoverability, np.float64)[n],
-                None if neighbors is None else np.asarray(neighbors)[b, n],
+                kappa[g],
+                None if discoverability is None else np.asarray(discoverability, np.float64)[g],
+                None if neighbors is None else np.asarray(neighbors)[b, g],
             )
-            for n in range(heads)
+            for g in range(number)
         ]
-        for b in range(len(query))
+        for b in range(batch)
     ]
+
+
+def hop_weights_of_tokens(options, hop_weights, shape):
+    """theta (B, S, N, T + 1) from any of its shapes; the restart's, without gamma, by default."""
+    if hop_weights is None:
+        hop_weights = restart_weights(options)
+    hop_weights = np.asarray(hop_weights, np.float64)
+    return np.broadcast_to(hop_weights, (*shape, hop_weights.shape[-1]))
 
 
 def attention_scores(
@@ -401,53 +453,69 @@ def attention_scores(
     key,
     options,
     *,
-    lens_strength=0.3,
-    concentration=20.0,
-    discoverability=None,
-    padding_mask=None,
-    neighbors=None,
+    lens_strength=None,
+    hop_weights=None,
     seed=(0, 0),
+    graph_query=None,
+    padding_mask=None,
+    segment_ids=None,
+    **graph_arguments,
 ):
-    """A with y = A v, (B, N, S, S)."""
-    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
-    real = real_tokens(query, padding_mask)
+    """A with y = A v, (B, N, S, S); the last arguments are those of `graphs`."""
+    built = graphs(
+        query,
+        key,
+        options,
+        graph_query=graph_query,
+        padding_mask=padding_mask,
+        segment_ids=segment_ids,
+        **graph_arguments,
+    )
+    query = np.asarray(query, np.float64)
     batch, tokens, heads, _ = query.shape
-    gamma, kappa = per_head(lens_strength, heads), per_head(concentration, heads)
+    key = repeat_heads(key, heads)
+    labels = token_labels((batch, tokens), padding_mask, segment_ids)
+    weights = hop_weights_of_tokens(options, hop_weights, (batch, tokens, heads))
+    if lens_strength is None:
+        lens_strength = 0.3 if hop_weights is None else 1.0
+    gamma = np.broadcast_to(np.asarray(lens_strength, np.float64), (heads,))
     scores = np.zeros((batch, heads, tokens, tokens))
-    for b in range(batch):
-        for n in range(heads):
-            scores[b, n] = head_scores(
-                query[b, :, n],
-                key[b, :, n],
-                real[b],
-                options,
-                gamma[n],
-                kappa[n],
-                None if discoverability is None else np.asarray(discoverability, np.float64)[n],
-                None if neighbors is None else np.asarray(neighbors)[b, n],
-                seed,
-                (b, n),
-            )
+    for b, n in np.ndindex(batch, heads):
+        graph = built[b][n * len(built[b]) // heads]
+        scores[b, n] = head_scores(
+            query[b, :, n],
+            key[b, :, n],
+            labels[b],
+            graph.bias if graph_query is None else np.zeros(tokens),
+            graph,
+            weights[b, :, n],
+            gamma[n],
+            options,
+            seed,
+            (b, n),
+        )
     return scores
 
 
 def rwr_attention(query, key, value, options, **arguments):
-    """y, (B, S, N, Hv)."""
+    """y, (B, S, N, V); value is (B, S, M, V)."""
     scores = attention_scores(query, key, options, **arguments)
-    return np.einsum("bnij,bjnh->binh", scores, np.asarray(value, np.float64))
+    return np.einsum("bnij,bjnh->binh", scores, repeat_heads(value, scores.shape[1]))
 
 
-def token_importance(query, key, options, *, padding_mask=None, **arguments):
-    """sum_i r_ij / (number of real tokens), (B, S, N); 0 at padding."""
-    real = real_tokens(query, padding_mask)
-    rows = graphs(query, key, options, padding_mask=padding_mask, **arguments)
-    batch, tokens, heads, _ = np.asarray(query).shape
-    importance = np.zeros((batch, tokens, heads))
-    for b in range(batch):
-        for n in range(heads):
-            walk = walk_matrix(rows[b][n].transition, options)
-            for j in range(tokens):
-                if real[b, j]:
-                    visits = sum(walk[i, j] for i in range(tokens) if real[b, i])
-                    importance[b, j, n] = visits / real[b].sum()
+def token_importance(
+    query, key, options, *, hop_weights=None, padding_mask=None, segment_ids=None, **arguments
+):
+    """sum_i r_ij / (number of real tokens), (B, S, N); 0 at padding. r has no gamma."""
+    arguments = {**arguments, "padding_mask": padding_mask, "segment_ids": segment_ids}
+    built = graphs(query, key, options, **arguments)
+    shape = np.shape(query)[:3]
+    weights = hop_weights_of_tokens(options, hop_weights, shape)
+    real = token_labels(shape[:2], padding_mask) != PADDING
+    importance = np.zeros(shape)
+    for b, n in np.ndindex(shape[0], shape[2]):
+        graph = built[b][n * len(built[b]) // shape[2]]
+        walk = walk_matrix(graph.transition, weights[b, :, n])
+        for j in np.flatnonzero(real[b]):
+            importance[b, j, n] = walk[real[b], j].sum() / real[b].sum()
     return importance

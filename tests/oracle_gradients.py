@@ -3,39 +3,59 @@
 It takes the chosen neighbour blocks as data (no gradient flows through the selection), knows
 neither Keras nor the package under test, and is itself compared with the loops of `oracle.py`. In
 another dtype it is the same computation done eagerly, by whose error kernels are judged.
+
+Gradients are bounded by definition. The backward pass counts a norm below 0.1 as 0.1 and, where
+edges are cosines, a degree below 1 as 1; the forward pass does not.
 """
 
 import math
 
 import numpy as np
 import torch
-from oracle import NO_BLOCK, Options, edge_threshold, is_kept
+from oracle import NO_BLOCK, PADDING, Options, edge_threshold, is_kept, restart_weights
 
-NAMES = ("query", "key", "value", "discoverability", "concentration", "lens_strength")
+NAMES = (
+    "query",  # (B, S, N, H)
+    "key",  # (B, S, M, H)
+    "value",  # (B, S, M, V)
+    "graph_query",  # (B, S, G, F)
+    "graph_key",  # (B, S, G, F)
+    "discoverability",  # (N, H), or (G, F) with a graph of its own
+    "concentration",  # (N,), or (G,) with a graph of its own
+    "lens_strength",  # (N,)
+    "hop_weights",  # (T + 1,), (N, T + 1) or (B, S, N, T + 1)
+)
+
+
+def scale_gradient(x, factor):
+    """x, whose gradient is multiplied by a constant factor."""
+    return x.detach() + factor.detach() * (x - x.detach())
 
 
 def unit(vectors):
-    """x / max(||x||, 1e-6), with finite derivatives at 0."""
+    """x / max(||x||, 1e-6); the gradient counts a norm below 0.1 as 0.1."""
     squared = vectors.square().sum(-1, keepdim=True)
     long = squared > 1e-12
     norm = torch.where(long, torch.where(long, squared, 1.0).sqrt(), 1e-6)
-    return vectors / norm
+    return scale_gradient(vectors / norm, (norm / 0.1).clamp(max=1.0))
 
 
-def pair_masks(real, neighbors, options):
-    """(local, local in both directions, neighbour) pairs, bool, (B, N or 1, S, S)."""
-    tokens = real.shape[1]
-    place = torch.arange(tokens, device=real.device)
+def pair_masks(labels, neighbors, options):
+    """(valid, local, local in both directions, neighbour) pairs, bool, (B, G or 1, S, S)."""
+    tokens = labels.shape[1]
+    place = torch.arange(tokens, device=labels.device)
     offset = place[:, None] - place[None, :]
-    both_ways = (real[:, :, None] & real[:, None, :])[:, None]
-    valid = both_ways & (offset >= 0) if options.is_causal else both_ways
+    real = labels != PADDING
+    together = (labels[:, :, None] == labels[:, None, :]) & real[:, :, None]
+    together = together[:, None]
+    valid = together & (offset >= 0) if options.is_causal else together
     window = offset.abs() <= options.window
-    chosen = torch.zeros((*neighbors.shape[:3], tokens), dtype=torch.bool, device=real.device)
+    chosen = torch.zeros((*neighbors.shape[:3], tokens), dtype=torch.bool, device=labels.device)
     block_of_key = place // options.neighbor_block
     for slot in range(neighbors.shape[-1]):
         number = neighbors[..., slot, None]
         chosen |= (number == block_of_key) & (number != NO_BLOCK)
-    return valid & window, both_ways & window, chosen & valid & ~window
+    return valid, valid & window, together & window, chosen & valid & ~window
 
 
 def edge_weight(cosine, edges, concentration, options):
@@ -47,10 +67,13 @@ def edge_weight(cosine, edges, concentration, options):
     return torch.where(edges & (cosine > threshold), weight, 0.0)
 
 
-def transition(query, key, bias, real, neighbors, concentration, options):
-    """(P, pi)."""
-    cosine = torch.einsum("binh,bjnh->bnij", unit(query), unit(key))
-    local, local_both, far = pair_masks(real, neighbors, options)
+def transition(query, key, bias, labels, neighbors, concentration, options):
+    """(P, pi), (B, G, S, S) and (B, G, S)."""
+    cosine = torch.einsum("bigf,bjgf->bgij", unit(query), unit(key))
+    stay = torch.eye(cosine.shape[-1], dtype=cosine.dtype, device=cosine.device)
+    _, local, local_both, far = pair_masks(labels, neighbors, options)
+    if not options.self_edges:
+        local, local_both = local & (stay == 0), local_both & (stay == 0)
     if options.reversible:
         weight = edge_weight(cosine, local_both | far, concentration, options)
         weight = 0.5 * (weight + weight.mT)
@@ -59,13 +82,28 @@ def transition(query, key, bias, real, neighbors, concentration, options):
     else:
         weight = edge_weight(cosine, local | far, concentration, options)
     popularity = bias.exp()
+    isolated_below = 0.0
+    if options.edge_weight == "cosine":
+        isolated_below = 1e-6
+        degree = (weight * popularity[..., None, :]).sum(-1, keepdim=True)
+        weight = scale_gradient(weight, degree.clamp(max=1.0))
     weight = weight * popularity[..., None, :]
     degree = weight.sum(-1)
-    isolated = degree <= (1e-6 if options.edge_weight == "cosine" else 0.0)
+    isolated = degree <= isolated_below
     degree = torch.where(isolated, 1.0, degree)
-    stay = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     step = torch.where(isolated[..., None], stay, weight / degree[..., None])
     return step, popularity * degree
+
+
+def hop_list(options, hop_weights):
+    """theta_t for t = 0 ... T, (B, N, S, 1) or what broadcasts to it; without gamma."""
+    if hop_weights is None:
+        return restart_weights(options)
+    if hop_weights.ndim == 4:
+        hop_weights = hop_weights.transpose(1, 2)
+    elif hop_weights.ndim == 2:
+        hop_weights = hop_weights[:, None]
+    return [hop_weights[..., t, None] for t in range(hop_weights.shape[-1])]
 
 
 def dropout_factor(shape, seed, rate):
@@ -91,56 +129,75 @@ def walked_tokens(mixed, local_both, valid, topk):
     return chosen & (visits > 0.0)
 
 
+def repeat_heads(x, heads, axis):
+    return x.repeat_interleave(heads // x.shape[axis], axis)
+
+
 def rwr_attention(
     query,
     key,
     value,
-    discoverability,
-    concentration,
-    lens_strength,
     *,
+    graph_query=None,
+    graph_key=None,
+    discoverability=None,
+    concentration=None,
+    lens_strength=None,
+    hop_weights=None,
     options: Options,
-    real,
+    labels,
     neighbors,
     seed=(0, 0),
 ):
-    """y (B, S, N, Hv); arrays (B, S, N, H), discoverability (N, H), the other two (N,)."""
-    real = torch.as_tensor(real, device=query.device)
-    neighbors = torch.as_tensor(neighbors, device=query.device)
-    bias = torch.einsum("bjnh,nh->bnj", key, discoverability).clamp(-8.0, 8.0)
-    step, stationary = transition(query, key, bias, real, neighbors, concentration, options)
+    """y (B, S, N, V), of tensors with the shapes of `NAMES`.
 
-    decay, power = 1.0 - options.alpha, torch.eye(step.shape[-1]).to(step)
-    walk = options.alpha * power.expand_as(step)
-    for t in range(1, options.steps + 1):
+    Labels (B, S) are those of `oracle.token_labels`, neighbours (B, G, S, slots) block numbers.
+    """
+    labels = torch.as_tensor(labels, device=query.device)
+    neighbors = torch.as_tensor(neighbors, device=query.device)
+    heads = query.shape[2]
+    key, value = repeat_heads(key, heads, 2), repeat_heads(value, heads, 2)
+    own_graph = graph_query is not None
+    if not own_graph:
+        graph_query, graph_key = query, key
+    bias = torch.zeros_like(graph_key[..., 0]).transpose(1, 2)
+    if discoverability is not None:
+        bias = torch.einsum("bjgf,gf->bgj", graph_key, discoverability).clamp(-8.0, 8.0)
+    step, stationary = transition(
+        graph_query, graph_key, bias, labels, neighbors, concentration, options
+    )
+    step, stationary = repeat_heads(step, heads, 1), repeat_heads(stationary, heads, 1)
+
+    hops = hop_list(options, hop_weights)
+    power = torch.eye(step.shape[-1]).to(step).expand_as(step)
+    walk = hops[0] * power
+    for theta in hops[1:]:
         power = step @ power
-        walk = walk + options.alpha * decay**t * power
+        walk = walk + theta * power
     mixed = walk
     if options.reversible and options.reciprocal_beta < 1.0:
-        mass = 1.0 - decay ** (options.steps + 1)
         back = walk / stationary[..., None, :]
-        back = mass * back / back.sum(-1, keepdim=True)
+        back = sum(hops) * back / back.sum(-1, keepdim=True)
         mixed = options.reciprocal_beta * walk + (1.0 - options.reciprocal_beta) * back
 
-    local, local_both, _ = pair_masks(real, neighbors, options)
-    gamma = lens_strength[:, None, None]
+    gamma = 1.0 if lens_strength is None else lens_strength[:, None, None]
+    valid, local, local_both, _ = pair_masks(labels, neighbors, options)
     logits = torch.einsum("binh,bjnh->bnij", query, key) / math.sqrt(query.shape[-1])
-    logits = logits + bias[..., None, :]
+    if not own_graph:
+        logits = logits + bias[..., None, :]
     kept = dropout_factor(tuple(step.shape), seed, options.dropout).to(step)
     if options.fusion == "softmax":
-        valid = (real[:, :, None] & real[:, None, :])[:, None]
-        valid = valid.tril() if options.is_causal else valid
         far = walked_tokens(mixed, local_both, valid, options.topk)
         logits = torch.where(local, logits, 0.0) + gamma * walk
         scores = masked_softmax(logits, local | far) * kept
     else:
         scores = masked_softmax(logits, local) * kept + gamma * mixed
-    scores = scores * real[:, None, :, None]
+    scores = scores * (labels != PADDING)[:, None, :, None]
     return torch.einsum("bnij,bjnh->binh", scores, value)
 
 
 def gradients(arrays, cotangent, *, dtype=torch.float64, device="cpu", **arguments):
-    """(output, gradients by name) for NumPy `arrays`, a dict with every name in `NAMES`."""
+    """(output, gradients by name) for NumPy `arrays`, a dict of any of `NAMES`."""
 
     def tensor(array):
         return torch.tensor(np.asarray(array), dtype=dtype, device=device)
@@ -148,8 +205,8 @@ def gradients(arrays, cotangent, *, dtype=torch.float64, device="cpu", **argumen
     def array(result):
         return result.detach().double().cpu().numpy()
 
-    leaves = {name: tensor(arrays[name]).requires_grad_() for name in NAMES}
-    output = rwr_attention(*leaves.values(), **arguments)
+    leaves = {name: tensor(x).requires_grad_() for name, x in arrays.items()}
+    output = rwr_attention(**leaves, **arguments)
     found = torch.autograd.grad(output, list(leaves.values()), tensor(cotangent), allow_unused=True)
     return array(output), {
         name: np.zeros(leaf.shape) if grad is None else array(grad)

@@ -5,13 +5,17 @@ fails, and a second run would draw other dropout than the first. This passes ten
 same random seeds to both runs.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 from keras import ops, tree
+from keras.src.backend.common.remat import get_current_remat_mode
 
 
-def checkpoints(layer):
+def checkpoints(layer: keras.layers.Layer) -> bool:
     """Whether the scope in which `layer` was made asks for checkpointing it as a whole."""
     mode = layer._remat_mode
     if mode is None:
@@ -19,14 +23,20 @@ def checkpoints(layer):
     return mode.mode == "full" or (mode.mode == "list_of_layers" and layer.name in mode.layer_names)
 
 
-def leave_out(*layers):
-    """Takes layers out of a scope of mode `"full"`, in which blocks are what is checkpointed."""
-    for layer in layers:
-        if layer._remat_mode is not None and layer._remat_mode.mode == "full":
-            layer._remat_mode = None
+@contextlib.contextmanager
+def blocks_only() -> Iterator[Any]:
+    """A scope whose layers are not checkpointed in mode `"full"`: only decoder blocks are.
+
+    Yields:
+        The mode outside, for the blocks.
+    """
+    mode = get_current_remat_mode()
+    is_full = mode is not None and mode.mode == "full"
+    with keras.RematScope(None) if is_full else contextlib.nullcontext():
+        yield mode
 
 
-def checkpointed(layer, call):
+def checkpointed(layer: keras.layers.Layer, call: Callable) -> Callable:
     """Makes a call that keeps its inputs only, and runs again in the backward pass.
 
     Args:
@@ -38,7 +48,7 @@ def checkpointed(layer, call):
     """
 
     @functools.wraps(call)
-    def checkpointed_call(*args, **kwargs):
+    def checkpointed_call(*args: Any, **kwargs: Any) -> Any:
         leaves = tree.flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if ops.is_tensor(leaf)]
         weights = {id(weight) for weight in layer.weights}
@@ -48,7 +58,7 @@ def checkpointed(layer, call):
             # A scope around this one holds the values there, and the inner one hides it.
             state += [(weight, weight.value) for weight in layer.weights]
 
-        def run(*tensors):
+        def run(*tensors: Any) -> Any:
             inputs = list(leaves)
             for place, tensor in zip(places, tensors, strict=True):
                 inputs[place] = tensor

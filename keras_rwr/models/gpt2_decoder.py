@@ -1,10 +1,19 @@
 """The decoder block of GPT-2 with RWR attention."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import keras
 import keras_hub
 
-from keras_rwr.layer import RWRAttention
+from keras_rwr._decoding import WalkCache
+from keras_rwr.layers import RWRAttention
 from keras_rwr.models import checkpointing
+
+Tensor = Any
+
+# The attention's parts that stay: their variables, LoRA, quantisation and random seeds with them.
+_PARTS = ("_query_dense", "_key_dense", "_value_dense", "_dropout_layer", "_output_dense")
 
 
 # Keras names the layers of a list in a weights file after their Python class, so the class keeps
@@ -14,7 +23,8 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
     """KerasHub's `TransformerDecoder` without cross-attention, with `RWRAttention` inside.
 
     The attention takes the padding mask and the causal flag as they are: no `(B, S, S)` mask is
-    made. Variables have the paths of KerasHub's block.
+    made. Variables have the paths of KerasHub's block. A built block of KerasHub's becomes one of
+    these by `make_attention` and `swap`.
 
     Args:
         intermediate_dim: Int. Hidden size of the feedforward network.
@@ -39,71 +49,44 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
         ValueError: If cross-attention or an attention mask is asked for.
     """
 
-    def __init__(self, intermediate_dim, num_heads, rwr_options=None, **kwargs):
+    def __init__(
+        self,
+        intermediate_dim: int,
+        num_heads: int,
+        rwr_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         # A configuration of a built block builds it inside the base class.
         self.rwr_options = {} if rwr_options is None else dict(rwr_options)
         super().__init__(intermediate_dim, num_heads, **kwargs)
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(self, layer_call: Callable, *args: Any, **kwargs: Any) -> Callable:
         """The call that gradient checkpointing makes of `call`; see `keras.RematScope`."""
         if checkpointing.checkpoints(self):
             return checkpointing.checkpointed(self, layer_call)
         return super().rematerialized_call(layer_call, *args, **kwargs)
 
-    def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
+    def build(self, decoder_sequence_shape: Any, encoder_sequence_shape: Any = None) -> None:
         _refuse(encoder_sequence_shape=encoder_sequence_shape)
-        self._decoder_sequence_shape = decoder_sequence_shape
-        hidden_dim = decoder_sequence_shape[-1]
-        head_dim = hidden_dim // self.num_heads
-        if head_dim == 0:
-            raise ValueError(
-                "`num_heads` must be at most the last dimension of `decoder_sequence`. "
-                f"Received: num_heads={self.num_heads} for "
-                f"decoder_sequence of shape {tuple(decoder_sequence_shape)}"
-            )
-        self._self_attention_layer = RWRAttention(
-            num_heads=self.num_heads,
-            key_dim=head_dim,
-            dropout=self.dropout,
-            kernel_initializer=self.kernel_initializer.clone(),
-            bias_initializer=self.bias_initializer.clone(),
-            dtype=self.dtype_policy,
-            name="self_attention",
-            **self.rwr_options,
-        )
-        self._self_attention_layer.build(decoder_sequence_shape, decoder_sequence_shape)
-        self._self_attention_layer_norm = self._norm("self_attention_layer_norm")
-        self._self_attention_layer_norm.build(decoder_sequence_shape)
-        self._self_attention_dropout = self._dropout("self_attention_dropout")
-        self._cross_attention_layer = None
-
-        self._feedforward_intermediate_dense = self._dense(
-            self.intermediate_dim, "feedforward_intermediate_dense", self.activation
-        )
-        self._feedforward_intermediate_dense.build(decoder_sequence_shape)
-        self._feedforward_output_dense = self._dense(hidden_dim, "feedforward_output_dense")
-        self._feedforward_output_dense.build((*decoder_sequence_shape[:-1], self.intermediate_dim))
-        self._feedforward_layer_norm = self._norm("feedforward_layer_norm")
-        self._feedforward_layer_norm.build(decoder_sequence_shape)
-        self._feedforward_dropout = self._dropout("feedforward_dropout")
-        checkpointing.leave_out(*self._flatten_layers(include_self=False))
-        self.built = True
+        with checkpointing.blocks_only():
+            super().build(decoder_sequence_shape)
+            swap(self, TransformerDecoder, make_attention(self, self.rwr_options))
 
     def call(
         self,
-        decoder_sequence,
-        encoder_sequence=None,
-        decoder_padding_mask=None,
-        decoder_attention_mask=None,
-        encoder_padding_mask=None,
-        encoder_attention_mask=None,
-        self_attention_cache=None,
-        self_attention_cache_update_index=None,
-        cross_attention_cache=None,
-        cross_attention_cache_update_index=None,
-        use_causal_mask=True,
-        training=None,
-    ):
+        decoder_sequence: Tensor,
+        encoder_sequence: Tensor = None,
+        decoder_padding_mask: Tensor = None,
+        decoder_attention_mask: Tensor = None,
+        encoder_padding_mask: Tensor = None,
+        encoder_attention_mask: Tensor = None,
+        self_attention_cache: WalkCache | None = None,
+        self_attention_cache_update_index: Any = None,
+        cross_attention_cache: Tensor = None,
+        cross_attention_cache_update_index: Any = None,
+        use_causal_mask: bool = True,
+        training: bool | None = None,
+    ) -> Any:
         _refuse(
             encoder_sequence=encoder_sequence,
             decoder_attention_mask=decoder_attention_mask,
@@ -142,33 +125,61 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
             x = self._feedforward_layer_norm(x)
         return x if self_attention_cache is None else (x, self_attention_cache)
 
-    def empty_cache(self, batch_size, length):
+    def empty_cache(self, batch_size: Any, length: int) -> WalkCache:
         """A cache without tokens; see `RWRAttention.empty_cache`."""
         return self._self_attention_layer.empty_cache(batch_size, length)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rwr_options": dict(self.rwr_options)}
 
-    def _norm(self, name):
-        return keras.layers.LayerNormalization(
-            epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
-        )
 
-    def _dropout(self, name):
-        return keras.layers.Dropout(self.dropout, dtype=self.dtype_policy, name=name)
+def make_attention(
+    decoder: keras_hub.layers.TransformerDecoder, rwr_options: Mapping[str, Any]
+) -> RWRAttention:
+    """Makes the RWR attention of a block that has KerasHub's.
 
-    def _dense(self, units, name, activation=None):
-        return keras.layers.Dense(
-            units,
-            activation=activation,
-            kernel_initializer=self.kernel_initializer.clone(),
-            bias_initializer=self.bias_initializer.clone(),
-            dtype=self.dtype_policy,
-            name=name,
-        )
+    Args:
+        decoder: Built block with KerasHub's attention.
+        rwr_options: Dict of options.
+
+    Returns:
+        A built `RWRAttention` with the projections of that attention, which stay the same layers,
+        and with weights of its own for the walk.
+    """
+    old = decoder._self_attention_layer
+    config = old.get_config()
+    # `implementation` takes its place.
+    config.pop("flash_attention", None)
+    new = RWRAttention(**{**config, "dtype": old.dtype_policy, **rwr_options})
+    new._parent_path = old.path.rpartition("/")[0]
+    shape = decoder._decoder_sequence_shape
+    new.build(shape, shape)
+    new.trainable = old.trainable
+    for name in _PARTS:
+        part = getattr(old, name)
+        part.supports_masking = True
+        new._tracker.replace_tracked_value("layers", getattr(new, name), part)
+        setattr(new, name, part)
+    refresh_torch(new)
+    return new
 
 
-def _refuse(**arguments):
+def swap(decoder: keras.layers.Layer, cls: type, attention: keras.layers.Layer) -> None:
+    """Gives a built block another attention, and the class whose `call` uses it."""
+    # The methods differ and nothing else does, so the functional models around need no change.
+    decoder.__class__ = cls
+    decoder._tracker.replace_tracked_value("layers", decoder._self_attention_layer, attention)
+    decoder._self_attention_layer = attention
+    refresh_torch(decoder)
+
+
+def refresh_torch(layer: keras.layers.Layer) -> None:
+    """Brings up to date what torch takes for the parameters of a layer."""
+    if keras.backend.backend() == "torch" and "_torch_params" in layer._modules:
+        layer._track_variables()
+
+
+def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(

@@ -1,25 +1,30 @@
 """Products with the key blocks that each query chose, a chunk of queries at a time.
 
-Letters: B batch, S positions, N heads, F features, J blocks, b tokens in a block, K = `topk`.
+Letters: B batch, S positions, G graphs, F features, J blocks, b tokens in a block, K = `topk`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
+Tensor = Any
+
 # Numbers gathered at once: a buffer that stays in a core's cache, whatever the length.
 _GATHERED = 2**20
-NEGATIVE = -1e30  # the score of what cannot be chosen
+NEGATIVE = -1e30  # the logarithm of a weight that is 0, and the score of what cannot be chosen
 # Up to so many slots, one pass of `argmax` for each is faster than `top_k`.
 _FEW_SLOTS = 4
 
 
-def far_dot(query, blocks, key, block):
-    """`query_i · key_j` for the far keys j of i: `(B, N, S, F)` to `(B, N, S, K)`."""
+def far_dot(query: Tensor, blocks: Tensor, key: Tensor, block: int) -> Tensor:
+    """`query_i · key_j` for the far keys j of i: `(B, G, S, F)` to `(B, G, S, K)`."""
     table = _table(key, block)
     shape = (-1, blocks.shape[-1] * block, key.shape[-1])
 
     @_checkpoint
-    def dot(table, rows, queries):
+    def dot(table: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
         keys = ops.reshape(ops.take(table, rows, axis=0), shape)
         return ops.einsum("rf,rkf->rk", queries, keys)
 
@@ -29,13 +34,13 @@ def far_dot(query, blocks, key, block):
     return ops.reshape(result, (*ops.shape(blocks)[:3], shape[1]))
 
 
-def far_sum(weights, blocks, x, block):
-    """`sum_k weights_ik x_key(i, k)` over the far keys: `(B, N, S, F)` to the same shape."""
+def far_sum(weights: Tensor, blocks: Tensor, x: Tensor, block: int) -> Tensor:
+    """`sum_k weights_ik x_key(i, k)` over the far keys: `(B, G, S, F)` to the same shape."""
     table = _table(x, block)
     shape = (-1, blocks.shape[-1] * block, x.shape[-1])
 
     @_checkpoint
-    def weighted_sum(table, rows, weights):
+    def weighted_sum(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         values = ops.reshape(ops.take(table, rows, axis=0), shape)
         return ops.einsum("rk,rkf->rf", weights, values)
 
@@ -47,39 +52,52 @@ def far_sum(weights, blocks, x, block):
     return ops.reshape(result, ops.shape(x))
 
 
-def far_gather(blocks, x, block):
-    """The value of each far key: one number a token, `(B, N, S, 1)`, to `(B, N, S, K)`."""
+def far_gather(blocks: Tensor, x: Tensor, block: int) -> Tensor:
+    """The value of each far key: one number a token, `(B, G, S, 1)`, to `(B, G, S, K)`."""
     values = ops.take(_table(x, block), _table_rows(blocks, block), axis=0)
     return ops.reshape(values, (*ops.shape(blocks)[:3], blocks.shape[-1] * block))
 
 
-def far_scatter(weights, blocks, x, block):
-    """`sum_i weights_ik x_i` into the far keys of i, a feature at a time: `(B, N, S, F)`."""
-    batch, heads, size, features = ops.shape(x)
+def far_scatter(weights: Tensor, blocks: Tensor, x: Tensor, block: int) -> Tensor:
+    """`sum_i weights_ik x_i` into the far keys of i, a feature at a time: `(B, G, S, F)`."""
+    batch, graphs, size, features = ops.shape(x)
     number = -(-size // block)
     segments = ops.reshape(_table_rows(blocks, block), (-1,))
-    shares = ops.reshape(weights, (-1, blocks.shape[-1], block))  # (B N S, K / b, b)
+    shares = ops.reshape(weights, (-1, blocks.shape[-1], block))  # (B G S, K / b, b)
 
-    def receive(feature):  # (B N S,)
+    def receive(feature: Tensor) -> Tensor:  # (B G S,)
         sent = ops.reshape(shares * feature[:, None, None], (-1, block))
-        return ops.segment_sum(sent, segments, num_segments=batch * heads * number)
+        return ops.segment_sum(sent, segments, num_segments=batch * graphs * number)
 
     received = ops.map(receive, ops.transpose(ops.reshape(x, (-1, features))))
-    received = ops.reshape(received, (features, batch, heads, number * block))
+    received = ops.reshape(received, (features, batch, graphs, number * block))
     return ops.transpose(received[..., :size], (1, 2, 3, 0))
 
 
-def block_rows(blocks, x, block):
-    """The tokens of chosen blocks: `(B, N, K / b)` and `(B, N, S, F)` to `(B, N, K, F)`."""
-    batch, heads, size, features = ops.shape(x)
+def far_max(values: Tensor, blocks: Tensor, block: int) -> Tensor:
+    """The largest `values_ik` that a far key gets, `NEGATIVE` at least: `(B, G, S, 1)`."""
+    batch, graphs, size = ops.shape(values)[:3]
     number = -(-size // block)
-    head = ops.reshape(ops.arange(batch * heads, dtype="int32"), (batch, heads, 1))
-    rows = ops.take(_table(x, block), ops.maximum(blocks, 0) + head * number, axis=0)
-    return ops.reshape(rows, (batch, heads, blocks.shape[-1] * block, features))
+    received = ops.segment_max(
+        ops.reshape(values, (-1, block)),
+        ops.reshape(_table_rows(blocks, block), (-1,)),
+        num_segments=batch * graphs * number,
+    )
+    received = ops.reshape(received, (batch, graphs, number * block, 1))
+    return ops.maximum(received[:, :, :size], NEGATIVE)
 
 
-def to_blocks(x, block):
-    """`(B, N, S, F)` to `(B, N, J, block, F)`, zeros behind the last position."""
+def block_rows(blocks: Tensor, x: Tensor, block: int) -> Tensor:
+    """The tokens of chosen blocks: `(B, G, K / b)` and `(B, G, S, F)` to `(B, G, K, F)`."""
+    batch, graphs, size, features = ops.shape(x)
+    number = -(-size // block)
+    graph = ops.reshape(ops.arange(batch * graphs, dtype="int32"), (batch, graphs, 1))
+    rows = ops.take(_table(x, block), ops.maximum(blocks, 0) + graph * number, axis=0)
+    return ops.reshape(rows, (batch, graphs, blocks.shape[-1] * block, features))
+
+
+def to_blocks(x: Tensor, block: int) -> Tensor:
+    """`(B, G, S, F)` to `(B, G, J, block, F)`, zeros behind the last position."""
     size = ops.shape(x)[2]
     number = -(-size // block)
     extra = number * block - size
@@ -89,7 +107,7 @@ def to_blocks(x, block):
     return ops.reshape(x, (*ops.shape(x)[:2], number, block, x.shape[-1]))
 
 
-def best_columns(scores, slots):
+def best_columns(scores: Tensor, slots: int) -> Tensor:
     """Columns of the `slots` largest scores in each row, ties to the left; -1 for no score.
 
     Args:
@@ -112,7 +130,7 @@ def best_columns(scores, slots):
     return ops.concatenate(chosen, axis=-1)
 
 
-def _top_columns(scores, slots):
+def _top_columns(scores: Tensor, slots: int) -> Tensor:
     columns = ops.shape(scores)[-1]
     if not isinstance(columns, int) or columns < slots:
         none = ops.full((*ops.shape(scores)[:-1], slots), NEGATIVE, dtype=scores.dtype)
@@ -129,7 +147,7 @@ def _top_columns(scores, slots):
     return ops.where(found, chosen, -1)
 
 
-def map_chunks(function, arrays, chunk):
+def map_chunks(function: Callable, arrays: tuple[Tensor, ...], chunk: int) -> Tensor:
     """Applies a function to chunks of arrays `(..., S, F)` along S, one chunk after another.
 
     Args:
@@ -145,7 +163,7 @@ def map_chunks(function, arrays, chunk):
         return function(arrays)
     number = -(-size // chunk)
 
-    def split(x):
+    def split(x: Tensor) -> Tensor:
         shape = ops.shape(x)
         missing = number * chunk - size
         if not (isinstance(missing, int) and missing == 0):
@@ -158,28 +176,28 @@ def map_chunks(function, arrays, chunk):
     return ops.reshape(result, (*shape[:-3], number * chunk, shape[-1]))[..., :size, :]
 
 
-def _chunk(shape):
+def _chunk(shape: tuple[int, ...]) -> int:
     """Rows of a chunk that gathers `shape[1]` vectors of `shape[2]` for each."""
     return max(1, _GATHERED // (shape[1] * shape[2]))
 
 
-def _rows(x):
-    """`(B, N, S, ...)` to `(B N S, ...)`."""
+def _rows(x: Tensor) -> Tensor:
+    """`(B, G, S, ...)` to `(B G S, ...)`."""
     return ops.reshape(x, (-1, *x.shape[3:]))
 
 
-def _table(x, block):
-    """`(B, N, S, F)` to one row a block, `(B N J, block F)`."""
+def _table(x: Tensor, block: int) -> Tensor:
+    """`(B, G, S, F)` to one row a block, `(B G J, block F)`."""
     return ops.reshape(to_blocks(x, block), (-1, block * x.shape[-1]))
 
 
-def _table_rows(blocks, block):
-    """Block numbers `(B, N, S, K / b)` as rows of `_table`, `(B N S, K / b)`; any row for none."""
-    batch, heads, size = ops.shape(blocks)[:3]
-    head = ops.reshape(ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1))
-    return _rows(ops.maximum(blocks, 0) + head * (-(-size // block)))
+def _table_rows(blocks: Tensor, block: int) -> Tensor:
+    """Block numbers `(B, G, S, K / b)` as rows of `_table`, `(B G S, K / b)`; any row for none."""
+    batch, graphs, size = ops.shape(blocks)[:3]
+    graph = ops.reshape(ops.arange(batch * graphs, dtype="int32"), (batch, graphs, 1, 1))
+    return _rows(ops.maximum(blocks, 0) + graph * (-(-size // block)))
 
 
-def _checkpoint(function):
+def _checkpoint(function: Callable) -> Callable:
     """Recomputes in the backward pass instead of keeping what was gathered."""
     return function if keras.backend.backend() == "numpy" else keras.remat(function)

@@ -1,0 +1,285 @@
+"""RWR attention of one call: select → weigh → walk, beside attend_locally.
+
+output = LOCAL + sum_t theta_t P^t V
+"""
+
+import dataclasses
+from typing import Any, Self
+
+from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+from keras_rwr import _dispatch, _reference, _sharding
+from keras_rwr._dropout import seed_words
+from keras_rwr._local import attend_locally
+from keras_rwr._select import select
+from keras_rwr._tensors import (
+    contain,
+    head_major,
+    key_bias,
+    per_head,
+    precision,
+    repeat_heads,
+    unit,
+)
+from keras_rwr._tokens import Tokens
+from keras_rwr._walk import restart_weights, walk
+from keras_rwr._weigh import SparseGraph, weigh
+from keras_rwr.options import Call, Options, Tuning
+
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a call, checked; see `keras_rwr.ops.rwr_attention` for shapes.
+
+    The letters of `LAYOUTS` are those of `keras_rwr._sharding.over_devices`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    graph_query: Tensor = None
+    graph_key: Tensor = None
+    concentration: Tensor = 20.0
+    lens_strength: Tensor = 0.3
+    discoverability: Tensor = None
+    hop_weights: Tensor = None
+    padding_mask: Tensor = None
+    segment_ids: Tensor = None
+    seed: Tensor = None
+    graph: SparseGraph | None = None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all tensors, in order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        return {name: getattr(self, name) for name in self.names()}
+
+
+def attend(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tensor:
+    """Runs a call by the fastest implementation that supports it, `(B, S, N, V)`."""
+    if in_symbolic_scope() or 0 in inputs.query.shape or 0 in inputs.value.shape:
+        shape = (*ops.shape(inputs.query)[:3], inputs.value.shape[-1])
+        return ops.zeros(shape, dtype=inputs.query.dtype)
+    if inputs.graph is None and _sharding.is_active():
+        return _attend_over_devices(inputs, options, call, tuning)
+    spec = _dispatch.CallSpec.of(inputs, options, call, tuning)
+    implementation = _dispatch.choose(spec, tuning.implementation)
+    if implementation in _dispatch.KERNELS:
+        return _dispatch.run_kernel(implementation, inputs, spec.config)
+    heads = Heads.create(inputs, options, call)
+    if implementation == "reference":
+        output = _reference.rwr_attention(heads, options, call, inputs.seed)
+    else:
+        output = attend_heads(heads, options, call, tuning, inputs.seed)
+    return heads.finish(output, inputs.query.dtype)
+
+
+def attend_heads(
+    heads: "Heads", options: Options, call: Call, tuning: Tuning, seed: Tensor = None
+) -> Tensor:
+    """The operation in O(S) memory, in `keras.ops`: `(B, N, S, V)`."""
+    output = attend_locally(
+        heads.query,
+        heads.key,
+        heads.value,
+        heads.tokens,
+        options.window,
+        heads.local_bias,
+        call.dropout,
+        seed,
+        tuning.block_size,
+    )
+    if not options.walks:
+        return output
+    number = heads.query.shape[1]
+    if options.steps == 0:
+        return output + heads.hop_weights * repeat_heads(heads.value, number)
+    transition = heads.transition(options, tuning)
+    value = heads.walked_value(transition)
+    return output + walk(transition, value, heads.hop_weights, options, number)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Heads:
+    """The tensors of a call as the stages take them: heads first, in the arithmetic's dtype.
+
+    Attributes:
+        query: Tensor of shape `(B, N, S, H)`.
+        key: Tensor of shape `(B, M, S, H)`.
+        value: Tensor of shape `(B, M, S, V)`.
+        graph_query: Tensor of shape `(B, G, S, F)`, unit vectors.
+        graph_key: Tensor of shape `(B, G, S, F)`, unit vectors.
+        hop_weights: Tensor of shape `(B or 1, N or 1, S or 1, T + 1)`, theta.
+        concentration: Tensor of shape `(G or 1, 1, 1)`, kappa.
+        local_bias: `None` or tensor of shape `(B, N, S, 1)`, b of LOCAL's logits.
+        graph_bias: `None` or tensor of shape `(B, G, S, 1)`, b of the walk's weights.
+        tokens: `Tokens`.
+        poison: 0, or a tensor of shape `(B, 1, S, 1)` to add to the output; see `contain`.
+        graph: `None` or the caller's `SparseGraph`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    graph_query: Tensor
+    graph_key: Tensor
+    hop_weights: Tensor
+    concentration: Tensor
+    local_bias: Tensor
+    graph_bias: Tensor
+    tokens: Tokens
+    poison: Tensor
+    graph: SparseGraph | None
+
+    @classmethod
+    def create(cls, inputs: Inputs, options: Options, call: Call) -> Self:
+        """Prepares the tensors of a call."""
+        query, key, value = inputs.query, inputs.key, inputs.value
+        tokens = Tokens.create(
+            ops.shape(query)[1], call.is_causal, inputs.padding_mask, inputs.segment_ids
+        )
+        shared = inputs.graph_query is not None
+        vectors = [query, key, value]
+        if shared:
+            vectors += [inputs.graph_query, inputs.graph_key]
+        dtype = precision(*vectors)
+        vectors = [head_major(x, dtype) for x in vectors]
+        if inputs.padding_mask is not None:
+            vectors = [ops.where(tokens.real, x, 0.0) for x in vectors]
+        poison = 0.0
+        if call.is_causal:
+            *vectors, poison = contain(*vectors)
+        query, key, value, *graph = vectors
+        # Without a graph of its own, each query head has one from its query and key.
+        graph_query, graph_key = graph if shared else (query, repeat_heads(key, query.shape[1]))
+        bias = None
+        if inputs.discoverability is not None:
+            bias = key_bias(graph_key, inputs.discoverability)
+        return cls(
+            query=query,
+            key=key,
+            value=value,
+            graph_query=unit(graph_query),
+            graph_key=unit(graph_key),
+            hop_weights=_hop_weights(inputs, options, dtype),
+            concentration=per_head(inputs.concentration, dtype),
+            local_bias=None if shared else bias,
+            graph_bias=bias,
+            tokens=tokens,
+            poison=poison,
+            graph=inputs.graph,
+        )
+
+    def transition(self, options: Options, tuning: Tuning) -> SparseGraph:
+        """The transition matrix: the caller's, or a new one."""
+        if self.graph is not None:
+            return self.graph
+        neighbors = select(self.graph_query, self.graph_key, self.tokens, options)
+        return weigh(
+            self.graph_query,
+            self.graph_key,
+            neighbors,
+            self.tokens,
+            options,
+            self.concentration,
+            self.graph_bias,
+            tuning.block_size,
+        )
+
+    def walked_value(self, transition: SparseGraph) -> Tensor:
+        """Values of the heads that are walked: those of key/value heads if they share graphs."""
+        graphs = transition.log_weights.local.shape[1]
+        shared = self.value.shape[1] % graphs == 0
+        return self.value if shared else repeat_heads(self.value, self.query.shape[1])
+
+    def finish(self, output: Tensor, dtype: str) -> Tensor:
+        """`(B, N, S, V)` to the call's output `(B, S, N, V)`, 0 at padding."""
+        output = ops.where(self.tokens.real, output + self.poison, 0.0)
+        return ops.cast(ops.transpose(output, (0, 2, 1, 3)), dtype)
+
+
+def _hop_weights(inputs: Inputs, options: Options, dtype: str) -> Tensor:
+    """theta as a tensor of shape `(B or 1, N or 1, S or 1, T + 1)`."""
+    if inputs.hop_weights is None:
+        return restart_weights(options, inputs.lens_strength, dtype)
+    weights = ops.cast(inputs.hop_weights, dtype)
+    if len(weights.shape) == 4:
+        return ops.transpose(weights, (0, 2, 1, 3))
+    return ops.reshape(weights, (1, -1, 1, weights.shape[-1]))
+
+
+# --- more than one device ------------------------------------------------------------------------
+
+
+def _attend_over_devices(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tensor:
+    """`attend` where each device has the batch entries and heads of its own."""
+    tensors = _with_shared_heads_repeated(inputs)
+    for name in ("concentration", "lens_strength"):
+        tensors[name] = ops.reshape(ops.convert_to_tensor(tensors[name]), (-1,))
+    seed, positions = tensors.pop("seed"), (None, None)
+    if seed is not None:
+        seed = seed_words(seed)
+        starts = seed[2:] if seed.shape[0] == 4 else (0, 0)
+        sizes = (inputs.query.shape[0], inputs.query.shape[2])
+        positions = tuple(
+            start + ops.arange(size, dtype="int32")
+            for start, size in zip(starts, sizes, strict=True)
+        )
+    layouts = {
+        **dict.fromkeys(("query", "key", "value", "graph_query", "graph_key"), "bsnh"),
+        **dict.fromkeys(("concentration", "lens_strength"), "n"),
+        "discoverability": "nh",
+        "hop_weights": {1: "t", 2: "nt", 4: "bsnt"}.get(_rank(tensors["hop_weights"]), ""),
+        **dict.fromkeys(("padding_mask", "segment_ids"), "bs"),
+    }
+    names = tuple(layouts)
+    run = _sharding.over_devices(
+        _attend_on_device,
+        (*layouts.values(), "w", "b", "n"),
+        "bsnh",
+        names,
+        options,
+        call,
+        tuning,
+    )
+    return run(*(tensors[name] for name in names), seed, *positions)
+
+
+def _attend_on_device(names: Any, options: Any, call: Any, tuning: Any, *tensors: Tensor) -> Tensor:
+    *tensors, seed, entries, heads = tensors
+    if seed is not None:
+        seed = ops.concatenate([seed[:2], entries[:1], heads[:1]])
+    inputs = Inputs(**dict(zip(names, tensors, strict=True)), seed=seed)
+    return attend(inputs, options, call, tuning)
+
+
+def _with_shared_heads_repeated(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors, keys and values and graphs of each head its own where heads share them.
+
+    A device has some of the query heads and needs what these share: graphs that are shared by all
+    heads stay one, as over_devices gives axes of size 1 to every device.
+    """
+    tensors = inputs.tensors()
+    del tensors["graph"]
+    heads = inputs.query.shape[2]
+    for name in ("key", "value", "graph_query", "graph_key"):
+        x = tensors[name]
+        if x is not None and x.shape[2] not in (1, heads):
+            tensors[name] = ops.repeat(x, heads // x.shape[2], axis=2)
+    graphs = None if inputs.graph_query is None else inputs.graph_query.shape[2]
+    if graphs not in (None, 1, heads):
+        for name in ("concentration", "discoverability"):
+            x = tensors[name]
+            if x is not None and getattr(x, "shape", ()) and x.shape[0] == graphs:
+                tensors[name] = ops.repeat(x, heads // graphs, axis=0)
+    return tensors
+
+
+def _rank(x: Tensor) -> int | None:
+    return None if x is None else len(x.shape)

@@ -1,0 +1,342 @@
+"""Which implementation runs a call, and why."""
+
+import dataclasses
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
+
+import keras
+from keras import ops
+
+from keras_rwr._checks import check_choice
+from keras_rwr._tensors import contain
+from keras_rwr.options import IMPLEMENTATIONS, Call, Options, Tuning
+
+if TYPE_CHECKING:
+    from keras_rwr._attend import Inputs
+
+# Kernels of the whole operation: name -> (module, the backend they are for).
+KERNELS = {
+    "triton": ("keras_rwr.backends.torch", "torch"),
+    "pallas": ("keras_rwr.backends.jax", "jax"),
+}
+
+# Filled here, not by a call, which a compiler may trace. A module of kernels imports its
+# framework, which is the active backend, but no kernel yet.
+_loaded: dict[str, ModuleType] = {
+    name: importlib.import_module(module)
+    for name, (module, backend) in KERNELS.items()
+    if backend == keras.backend.backend() and importlib.util.find_spec(module)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """What kernels know of a call: `Options`, `Call` and `Tuning` as far as they serve them."""
+
+    alpha: float = 0.2
+    steps: int = 4
+    topk: int = 32
+    neighbor_block: int = 16
+    window: int = 128
+    threshold: float | None = None
+    edge_weight: str = "cosine"
+    reversible: bool = False
+    reciprocal_beta: float = 0.5
+    fusion: str = "sum"
+    is_causal: bool = False
+    dropout: float = 0.0
+    block_size: int | None = None
+    head_dim_pad: int | None = None
+
+    @classmethod
+    def of(cls, options: Options, call: Call, tuning: Tuning) -> Self:
+        """Takes the fields from where they stand."""
+        values = {**options.to_config(), **call.to_config(), **tuning.to_config()}
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+    @property
+    def slots(self) -> int:
+        """Number of key blocks that each query links to."""
+        return self.topk // self.neighbor_block
+
+    @property
+    def cut(self) -> float | None:
+        """The cosine that an edge must exceed, or `None` for no cut."""
+        if self.threshold is None and self.edge_weight == "cosine":
+            return 0.0
+        return self.threshold
+
+    @property
+    def mass(self) -> float:
+        """Total weight of a walk, `rho = 1 - (1 - alpha)^(steps + 1)`."""
+        return 1.0 - (1.0 - self.alpha) ** (self.steps + 1)
+
+    @property
+    def is_reciprocal(self) -> bool:
+        """Whether the backward walk takes part."""
+        return self.reversible and self.reciprocal_beta < 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSpec:
+    """What is known of a call before it runs.
+
+    Attributes:
+        backend: String, the Keras backend.
+        device: String, `"cpu"`, `"gpu"` or `"tpu"`.
+        dtype: String, the dtype of the query.
+        query_shape: Tuple `(B, S, N, H)`, with `None` where a size is unknown.
+        value_size: Int, features of a value.
+        config: `KernelCall`.
+        has_graph: Bool. Whether the caller brings the graph.
+        beyond_kernels: `None`, or what the call asks for that no kernel of the whole operation has.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    query_shape: tuple
+    value_size: int
+    config: KernelCall
+    has_graph: bool = False
+    beyond_kernels: str | None = None
+
+    @classmethod
+    def of(cls, inputs: "Inputs", options: Options, call: Call, tuning: Tuning) -> Self:
+        """Describes a call."""
+        vectors = (inputs.query, inputs.key, inputs.value)
+        dtypes = [keras.backend.standardize_dtype(x.dtype) for x in vectors]
+        return cls(
+            backend=keras.backend.backend(),
+            device=current_device(inputs.query),
+            dtype="float64" if "float64" in dtypes else dtypes[0],
+            query_shape=tuple(inputs.query.shape),
+            value_size=inputs.value.shape[-1],
+            config=KernelCall.of(options, call, tuning),
+            has_graph=inputs.graph is not None,
+            beyond_kernels=_beyond_kernels(
+                options,
+                graph_query=inputs.graph_query is not None,
+                hop_weights=inputs.hop_weights is not None,
+                segment_ids=inputs.segment_ids is not None,
+                grouped=inputs.key.shape[2] != inputs.query.shape[2],
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The implementation that runs a call, and why others do not.
+
+    Attributes:
+        spec: The `CallSpec`.
+        implementation: String, the name of the implementation that runs.
+        refusals: Dict from the name of each implementation that cannot run to the reason.
+    """
+
+    spec: CallSpec
+    implementation: str
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        spec = self.spec
+        lines = [
+            f"{self.implementation} runs {spec.dtype} {spec.query_shape} on {spec.device} "
+            f"({spec.backend} backend)"
+        ]
+        for name in IMPLEMENTATIONS:
+            if name in self.refusals:
+                lines.append(f"  {name}: cannot run, {self.refusals[name]}")
+            elif name != self.implementation:
+                lines.append(f"  {name}: can run, slower")
+        return "\n".join(lines)
+
+
+def explain(
+    query_shape: tuple,
+    value_shape: tuple | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    has_graph: bool = False,
+    has_segments: bool = False,
+    **options: Any,
+) -> Explanation:
+    """Tells which implementation RWR attention would choose for a call.
+
+    Args:
+        query_shape: Tuple `(B, S, N, H)`; `None` for sizes that are unknown.
+        value_shape: `None` for the shape of the query, or tuple `(B, S, M, V)`.
+        dtype: String. Defaults to Keras's `floatx`.
+        device: `None` for the active backend's, or `"cpu"`, `"gpu"`, `"tpu"`.
+        is_causal: Bool. Whether the call is causal. Defaults to `False`.
+        dropout: Float in [0, 1). Its dropout rate. Defaults to 0.
+        has_graph: Bool. Whether the call brings a graph. Defaults to `False`.
+        has_segments: Bool. Whether it brings `segment_ids`. Defaults to `False`.
+        **options: Fields of `keras_rwr.options.Options` and `keras_rwr.options.Tuning`.
+
+    Returns:
+        An `Explanation`; print it.
+
+    Raises:
+        ValueError: If a shape has another rank or an option is outside its range.
+        TypeError: If an option is unknown or of the wrong type.
+
+    Example:
+
+    >>> print(keras_rwr.explain((1, 4096, 12, 64), is_causal=True))
+    """
+    for name, shape in (("query_shape", query_shape), ("value_shape", value_shape)):
+        if name == "value_shape" and shape is None:
+            continue
+        if not isinstance(shape, (tuple, list)) or not all(
+            x is None or (isinstance(x, int) and not isinstance(x, bool)) for x in shape
+        ):
+            raise TypeError(
+                f"`{name}` must be a tuple of ints or `None`. Received: {name}={shape!r}"
+            )
+        if len(shape) != 4:
+            raise ValueError(f"`{name}` must have four entries. Received: {name}={shape}")
+    unknown = set(options) - {*Options.names(), *Tuning.names()}
+    if unknown:
+        raise TypeError(
+            f"Options must be among {', '.join((*Options.names(), *Tuning.names()))}. "
+            f"Received: {', '.join(sorted(unknown))}"
+        )
+    if device is not None:
+        check_choice("device", device, ("cpu", "gpu", "tpu"))
+    value_shape = query_shape if value_shape is None else value_shape
+    meaning, tuning = Options.pick(options), Tuning.pick(options)
+    call = Call(is_causal, dropout)
+    call.check(meaning, has_segments)
+    spec = CallSpec(
+        backend=keras.backend.backend(),
+        device=current_device() if device is None else device,
+        dtype=keras.backend.floatx() if dtype is None else keras.backend.standardize_dtype(dtype),
+        query_shape=tuple(query_shape),
+        value_size=value_shape[-1],
+        config=KernelCall.of(meaning, call, tuning),
+        has_graph=has_graph,
+        beyond_kernels=_beyond_kernels(
+            meaning,
+            graph_query=meaning.graph_heads is not None,
+            hop_weights=meaning.stopping != "restart",
+            segment_ids=has_segments,
+            grouped=value_shape[2] != query_shape[2],
+        ),
+    )
+    refusals = {name: why for name in IMPLEMENTATIONS if (why := refusal(name, spec)) is not None}
+    return Explanation(spec, choose(spec, tuning.implementation), refusals)
+
+
+def choose(spec: CallSpec, implementation: str | None = None) -> str:
+    """The name of the implementation that runs a call.
+
+    Args:
+        spec: `CallSpec`.
+        implementation: `None` for the fastest that supports the call, or a name, which is never
+            replaced by another.
+
+    Raises:
+        NotImplementedError: If the named implementation cannot run the call.
+    """
+    if implementation is None:
+        return next(name for name in IMPLEMENTATIONS if refusal(name, spec) is None)
+    reason = refusal(implementation, spec)
+    if reason is not None:
+        raise NotImplementedError(
+            f'`implementation="{implementation}"` cannot run this call: {reason}. '
+            f"Received: {spec.dtype} query of shape {spec.query_shape} on {spec.device} "
+            f"with the {spec.backend} backend"
+        )
+    return implementation
+
+
+def refusal(name: str, spec: CallSpec) -> str | None:
+    """Why an implementation cannot run a call, or `None`."""
+    if name == "reference":
+        return None
+    if name == "portable":
+        if spec.config.fusion != "sum":
+            return f'fusion "{spec.config.fusion}" needs the dense rows of the walk'
+        return None
+    backend = KERNELS[name][1]
+    if backend != spec.backend:
+        return f"it needs the {backend} backend"
+    if name not in _loaded:
+        return f"this version of keras_rwr has no {name} kernels"
+    if spec.beyond_kernels is not None:
+        return f"its kernels have no {spec.beyond_kernels}"
+    return _loaded[name].supports(spec)
+
+
+def load(name: str) -> ModuleType:
+    """The module of kernels of the active backend."""
+    return _loaded[name]
+
+
+def run_kernel(name: str, inputs: "Inputs", config: KernelCall) -> Any:
+    """Runs kernels of the whole operation, `(B, S, N, V)`."""
+    module = _loaded[name]
+    query, key, value, poison = inputs.query, inputs.key, inputs.value, 0.0
+    if config.is_causal:
+        query, key, value, poison = _contain(inputs)
+    neighbors = None
+    if config.steps > 0:
+        neighbors = module.select_neighbors(query, key, config, inputs.padding_mask)
+    output = module.rwr_attention(
+        query,
+        key,
+        value,
+        config,
+        lens_strength=inputs.lens_strength,
+        concentration=inputs.concentration,
+        discoverability=inputs.discoverability,
+        padding_mask=inputs.padding_mask,
+        seed=inputs.seed,
+        neighbors=neighbors,
+    )
+    if not config.is_causal:
+        return output
+    output = output + ops.cast(poison, output.dtype)
+    if inputs.padding_mask is None:
+        return output
+    return ops.where(ops.cast(inputs.padding_mask, "bool")[:, :, None, None], output, 0.0)
+
+
+def _contain(inputs: "Inputs") -> tuple[Any, ...]:
+    """See `keras_rwr._tensors.contain`; here heads come after positions."""
+    vectors = [inputs.query, inputs.key, inputs.value]
+    if inputs.padding_mask is not None:
+        real = ops.cast(inputs.padding_mask, "bool")[:, :, None, None]
+        vectors = [ops.where(real, x, ops.cast(0.0, x.dtype)) for x in vectors]
+    *clean, poison = contain(*(ops.transpose(x, (0, 2, 1, 3)) for x in vectors))
+    return (*(ops.transpose(x, (0, 2, 1, 3)) for x in (*clean, poison)),)
+
+
+def current_device(x: Any = None) -> str:
+    """`"cpu"`, `"gpu"` or `"tpu"`: where a tensor lives, or where the backend puts new ones."""
+    backend = keras.backend.backend()
+    if backend == "torch":
+        kind = (ops.zeros(()) if x is None else x).device.type
+        return "gpu" if kind == "cuda" else kind
+    if backend == "numpy":
+        return "cpu"
+    return keras.distribution.list_devices()[0].split(":")[0].lower()
+
+
+def _beyond_kernels(
+    options: Options, graph_query: bool, hop_weights: bool, segment_ids: bool, grouped: bool
+) -> str | None:
+    """What a call asks for that kernels of the whole operation do not have, or `None`."""
+    asked = {
+        "graph of its own": graph_query,
+        "hop weights": hop_weights,
+        "segments": segment_ids,
+        "grouped heads": grouped,
+        "graph without self edges": not options.self_edges,
+    }
+    return next((what for what, is_asked in asked.items() if is_asked), None)
