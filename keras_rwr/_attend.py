@@ -10,7 +10,6 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rwr import _dispatch, _reference, _sharding
-from keras_rwr._dropout import seed_words
 from keras_rwr._local import attend_locally
 from keras_rwr._select import select
 from keras_rwr._tensors import (
@@ -32,10 +31,7 @@ Tensor = Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """The tensors of a call, checked; see `keras_rwr.ops.rwr_attention` for shapes.
-
-    The letters of `LAYOUTS` are those of `keras_rwr._sharding.over_devices`.
-    """
+    """The tensors of a call, checked; see `keras_rwr.ops.rwr_attention` for shapes."""
 
     query: Tensor
     key: Tensor
@@ -67,7 +63,7 @@ def attend(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tens
         shape = (*ops.shape(inputs.query)[:3], inputs.value.shape[-1])
         return ops.zeros(shape, dtype=inputs.query.dtype)
     if inputs.graph is None and _sharding.is_active():
-        return _attend_over_devices(inputs, options, call, tuning)
+        return _sharding.attend_over_devices(attend, inputs, options, call, tuning)
     spec = _dispatch.CallSpec.of(inputs, options, call, tuning)
     implementation = _dispatch.choose(spec, tuning.implementation)
     if implementation in _dispatch.KERNELS:
@@ -103,6 +99,13 @@ def attend_heads(
     transition = heads.transition(options, tuning)
     value = heads.walked_value(transition)
     return output + walk(transition, value, heads.hop_weights, options, number)
+
+
+def attention_matrix(inputs: Inputs, options: Options, call: Call) -> Tensor:
+    """The dense matrix A with the output `A v`, `(B, N, S, S)`, without dropout; 0 at padding."""
+    heads = Heads.create(inputs, options, call)
+    matrix = _reference.attention_matrix(heads, options, call)
+    return ops.where(heads.tokens.real, matrix + heads.poison, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,74 +215,3 @@ def _hop_weights(inputs: Inputs, options: Options, dtype: str) -> Tensor:
     if len(weights.shape) == 4:
         return ops.transpose(weights, (0, 2, 1, 3))
     return ops.reshape(weights, (1, -1, 1, weights.shape[-1]))
-
-
-# --- more than one device ------------------------------------------------------------------------
-
-
-def _attend_over_devices(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tensor:
-    """`attend` where each device has the batch entries and heads of its own."""
-    tensors = _with_shared_heads_repeated(inputs)
-    for name in ("concentration", "lens_strength"):
-        tensors[name] = ops.reshape(ops.convert_to_tensor(tensors[name]), (-1,))
-    seed, positions = tensors.pop("seed"), (None, None)
-    if seed is not None:
-        seed = seed_words(seed)
-        starts = seed[2:] if seed.shape[0] == 4 else (0, 0)
-        sizes = (inputs.query.shape[0], inputs.query.shape[2])
-        positions = tuple(
-            start + ops.arange(size, dtype="int32")
-            for start, size in zip(starts, sizes, strict=True)
-        )
-    layouts = {
-        **dict.fromkeys(("query", "key", "value", "graph_query", "graph_key"), "bsnh"),
-        **dict.fromkeys(("concentration", "lens_strength"), "n"),
-        "discoverability": "nh",
-        "hop_weights": {1: "t", 2: "nt", 4: "bsnt"}.get(_rank(tensors["hop_weights"]), ""),
-        **dict.fromkeys(("padding_mask", "segment_ids"), "bs"),
-    }
-    names = tuple(layouts)
-    run = _sharding.over_devices(
-        _attend_on_device,
-        (*layouts.values(), "w", "b", "n"),
-        "bsnh",
-        names,
-        options,
-        call,
-        tuning,
-    )
-    return run(*(tensors[name] for name in names), seed, *positions)
-
-
-def _attend_on_device(names: Any, options: Any, call: Any, tuning: Any, *tensors: Tensor) -> Tensor:
-    *tensors, seed, entries, heads = tensors
-    if seed is not None:
-        seed = ops.concatenate([seed[:2], entries[:1], heads[:1]])
-    inputs = Inputs(**dict(zip(names, tensors, strict=True)), seed=seed)
-    return attend(inputs, options, call, tuning)
-
-
-def _with_shared_heads_repeated(inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors, keys and values and graphs of each head its own where heads share them.
-
-    A device has some of the query heads and needs what these share: graphs that are shared by all
-    heads stay one, as over_devices gives axes of size 1 to every device.
-    """
-    tensors = inputs.tensors()
-    del tensors["graph"]
-    heads = inputs.query.shape[2]
-    for name in ("key", "value", "graph_query", "graph_key"):
-        x = tensors[name]
-        if x is not None and x.shape[2] not in (1, heads):
-            tensors[name] = ops.repeat(x, heads // x.shape[2], axis=2)
-    graphs = None if inputs.graph_query is None else inputs.graph_query.shape[2]
-    if graphs not in (None, 1, heads):
-        for name in ("concentration", "discoverability"):
-            x = tensors[name]
-            if x is not None and getattr(x, "shape", ()) and x.shape[0] == graphs:
-                tensors[name] = ops.repeat(x, heads // graphs, axis=0)
-    return tensors
-
-
-def _rank(x: Tensor) -> int | None:
-    return None if x is None else len(x.shape)

@@ -85,7 +85,7 @@ def check_per_head(
     for entry in entries:
         if not isinstance(entry, numbers.Real) or isinstance(entry, bool):
             raise TypeError(f"{rule}. Received: {name}={value!r}")
-        if not (math.isfinite(entry) and minimum <= entry <= maximum):
+        if not (math.isfinite(entry) and minimum <= float(entry) <= maximum):
             bounded = math.isfinite(minimum) or math.isfinite(maximum)
             bounds = f"in [{minimum:g}, {maximum:g}]" if bounded else "finite"
             raise ValueError(f"`{name}` must be {bounds}. Received: {name}={value}")

@@ -75,17 +75,17 @@ class WalkCore(keras.layers.Layer):
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.has_graph = options.graph_heads is not None and options.steps > 0
-        self.graphs = options.graph_heads if self.has_graph else num_heads
+        self.graphs: int = (options.graph_heads if self.has_graph else None) or num_heads
         self.graph_size = options.graph_dim if self.has_graph else key_dim
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.log_concentration = None
-        self.discoverability = None
-        self.lens_strength = None
-        self.hop_weights = None
-        self.hop_gate = None
-        self.graph_query = None
-        self.graph_key = None
-        self.graph_convolution = None
+        self.log_concentration: Tensor = None
+        self.discoverability: Tensor = None
+        self.lens_strength: Tensor = None
+        self.hop_weights: Tensor = None
+        self.hop_gate: Tensor = None
+        self.graph_query: Tensor = None
+        self.graph_key: Tensor = None
+        self.graph_convolution: Tensor = None
         self._failed_load: str | None = None
 
     def build(self, input_shape: Any) -> None:
@@ -177,12 +177,12 @@ class WalkCore(keras.layers.Layer):
         plain_key = self._project(x, self.graph_key) if self.has_graph else None
 
         def attend(tokens: slice, cache: WalkCache, index: Any) -> tuple[Tensor, WalkCache]:
-            new = [y[:, tokens] for y in (x, query, key, value)]
             plain = graph_key = None
             if plain_key is not None:
                 plain = plain_key[:, tokens]
                 graph_key = self._convolve_cached(plain, cache.plain_key, index)
-            inputs = self._inputs(*new, graph_key, masks)
+            new = [y[:, tokens] for y in (x, query, key, value)]
+            inputs = self._inputs(new[0], new[1], new[2], new[3], graph_key, masks)
             return _decoding.attend(inputs, plain, self.options, sizes, cache, index)
 
         if isinstance(index, int) and index == 0:

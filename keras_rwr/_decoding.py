@@ -278,14 +278,13 @@ def _for_devices(tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
 def _on_device(
     function: Any, options: Any, sizes: Any, names: Any, cached: Any, *arrays: Tensor
 ) -> tuple:
-    *arrays, index = arrays
     tensors = dict(zip(names, arrays[: len(names)], strict=True))
-    cache = WalkCache(**dict(zip(cached, arrays[len(names) :], strict=True)))
+    cache = WalkCache(**dict(zip(cached, arrays[len(names) : -1], strict=True)))
     heads = tensors["query"].shape[2]
     sizes = dataclasses.replace(
         sizes, heads=heads, kv_heads=heads, graphs=1 if sizes.graphs == 1 else heads
     )
-    output, cache = _run(function, options, sizes, tensors, cache, index)
+    output, cache = _run(function, options, sizes, tensors, cache, arrays[-1])
     return output, *cache.tensors().values()
 
 
@@ -320,12 +319,13 @@ def _prefill(
         heads.query, heads.key, heads.value, heads.tokens, options.window, heads.local_bias
     )
     value = repeat_heads(heads.value, sizes.walked)
-    states, backward, transition = [value], None, None
+    states, backward = [value], None
     if options.steps > 0:
         transition = heads.transition(options, Tuning())
         states = list(walk_states(transition, value, options.steps))
         if options.is_reciprocal:
             backward = list(backward_states(transition, value, options.steps))
+            log_degree = transition.tiling.cut(transition.log_degree)
     if options.walks:
         output = output + combine(states, backward, heads.hop_weights, options, sizes.heads)
     rows = {"key": heads.key, "walks": ops.concatenate(states[: max(1, options.steps)], axis=-1)}
@@ -336,7 +336,6 @@ def _prefill(
             inputs.graph_query if sizes.has_graph else inputs.query, heads
         )
     if backward is not None:
-        log_degree = transition.tiling.cut(transition.log_degree)
         log_sums = [log_degree, *(x for _, x in backward[1:-1])]
         rows["log_sums"] = ops.concatenate(log_sums, axis=-1)
         if options.steps > 1:

@@ -5,7 +5,11 @@ of several devices, the tensor has two more: the position of the call's first ba
 first head in the larger one, so that together the pieces drop what the whole would.
 """
 
+from typing import Any
+
 from keras import ops
+
+Tensor = Any
 
 # Constants of MurmurHash3's 32-bit finaliser and of Fibonacci hashing, as signed 32-bit integers:
 # int32 is the one integer type that wraps around alike on every backend.
@@ -14,7 +18,9 @@ _MIX_2 = 0xC2B2AE35 - 2**32
 _GOLDEN = 0x9E3779B9 - 2**32
 
 
-def keep_mask(seed, rate, batch, heads, rows, columns):
+def keep_mask(
+    seed: Any, rate: float, batch: Any, heads: int, rows: Tensor, columns: Tensor
+) -> Tensor:
     """Which pairs of positions keep their probability.
 
     The bit of pair (i, j) is a hash of (seed, batch, head, i, j) alone, so that tile order, backend
@@ -46,7 +52,7 @@ def keep_mask(seed, rate, batch, heads, rows, columns):
     return ops.bitwise_and(pair, 2**31 - 1) >= int(rate * 2**31)
 
 
-def seed_words(seed):
+def seed_words(seed: Any) -> Tensor:
     """A seed as an int32 tensor of shape `(2,)` or `(4,)`."""
     if isinstance(seed, int):
         seed = [(seed + 2**31) % 2**32 - 2**31, 0]
@@ -54,12 +60,12 @@ def seed_words(seed):
     return ops.cast(seed, "int32")
 
 
-def _mix(x):
+def _mix(x: Tensor) -> Tensor:
     x = ops.bitwise_xor(x, _shift(x, 16)) * _MIX_1
     x = ops.bitwise_xor(x, _shift(x, 13)) * _MIX_2
     return ops.bitwise_xor(x, _shift(x, 16))
 
 
-def _shift(x, bits):
+def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift."""
     return ops.bitwise_and(ops.right_shift(x, bits), 2 ** (32 - bits) - 1)

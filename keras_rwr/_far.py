@@ -14,8 +14,7 @@ Tensor = Any
 # Numbers gathered at once: a buffer that stays in a core's cache, whatever the length.
 _GATHERED = 2**20
 NEGATIVE = -1e30  # the logarithm of a weight that is 0, and the score of what cannot be chosen
-# Up to so many slots, one pass of `argmax` for each is faster than `top_k`.
-_FEW_SLOTS = 4
+_NO_COLUMN = 2**30
 
 
 def far_dot(query: Tensor, blocks: Tensor, key: Tensor, block: int) -> Tensor:
@@ -117,34 +116,18 @@ def best_columns(scores: Tensor, slots: int) -> Tensor:
     Returns:
         Int tensor of shape `(..., slots)`.
     """
-    if slots > _FEW_SLOTS:
-        return _top_columns(scores, slots)
     columns = ops.arange(ops.shape(scores)[-1], dtype="int32")
     chosen = []
     for slot in range(slots):
-        best = ops.cast(ops.argmax(scores, axis=-1, keepdims=True), "int32")
-        found = ops.take_along_axis(scores, best, axis=-1) > NEGATIVE
-        chosen.append(ops.where(found, best, -1))
+        # Two plain reductions: compilers make them much faster than `argmax` or `top_k`, whose
+        # order among equal scores is not the same everywhere.
+        best = ops.amax(scores, axis=-1, keepdims=True)
+        is_best = scores == best
+        column = ops.amin(ops.where(is_best, columns, _NO_COLUMN), axis=-1, keepdims=True)
+        chosen.append(ops.where(best > NEGATIVE, column, -1))
         if slot + 1 < slots:
-            scores = ops.where(columns == best, NEGATIVE, scores)
+            scores = ops.where(columns == column, NEGATIVE, scores)
     return ops.concatenate(chosen, axis=-1)
-
-
-def _top_columns(scores: Tensor, slots: int) -> Tensor:
-    columns = ops.shape(scores)[-1]
-    if not isinstance(columns, int) or columns < slots:
-        none = ops.full((*ops.shape(scores)[:-1], slots), NEGATIVE, dtype=scores.dtype)
-        scores = ops.concatenate([scores, none], axis=-1)
-        columns = columns + slots
-    # `top_k` breaks ties as it likes on some backends: rank what lies above the last value and,
-    # below it, what equals it, each from left to right.
-    last = ops.top_k(scores, slots)[0][..., -1:]
-    from_left = ops.cast(columns - ops.arange(columns, dtype="int32"), "float32")
-    above = ops.cast(columns, "float32") * ops.cast(scores > last, "float32")
-    rank = ops.where(scores >= last, from_left + above, 0.0)
-    chosen = ops.cast(ops.top_k(rank, slots)[1], "int32")
-    found = ops.take_along_axis(scores, chosen, axis=-1) > NEGATIVE
-    return ops.where(found, chosen, -1)
 
 
 def map_chunks(function: Callable, arrays: tuple[Tensor, ...], chunk: int) -> Tensor:

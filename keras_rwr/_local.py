@@ -41,7 +41,7 @@ def attend_locally(
     """
     tiling = Tiling.create(tokens, window, block_size)
     near = tiling.local_mask(tokens, window)
-    heads = query.shape[1]
+    batch, heads = ops.shape(query)[:2]
 
     def band(x: Tensor) -> Tensor:
         return tiling.band(tiling.pad(repeat_heads(x, heads)))
@@ -57,7 +57,7 @@ def attend_locally(
     total = ops.sum(weights, -1, keepdims=True)
     if seed is not None and dropout > 0.0:
         rows = ops.reshape(ops.arange(tiling.padded_size, dtype="int32"), (-1, tiling.tile, 1))
-        keep = keep_mask(seed, dropout, *ops.shape(query)[:2], rows, rows + tiling.offsets())
+        keep = keep_mask(seed, dropout, batch, heads, rows, rows + tiling.offsets())
         weights = ops.where(keep, weights / (1.0 - dropout), 0.0)
     output = ops.matmul(weights, band(value)) / ops.where(total > 0, total, 1.0)
     return tiling.cut(tiling.join(output))

@@ -129,7 +129,7 @@ def transition_matrix(heads: "Heads", options: Options) -> tuple[Tensor, Tensor,
 
 def _matrices_of(graph: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `transition_matrix` returns, of a graph that was built earlier."""
-    size, dense = graph.tiling.size, graph.transition.to_dense()
+    size, dense = graph.tiling.size, graph.to_dense()
     log_degree = graph.log_degree[:, :, :size]
     bias = ops.zeros_like(log_degree) if graph.bias is None else graph.bias[:, :, :size]
     tiny = dense <= 0

@@ -84,7 +84,7 @@ def walk_states(graph: SparseGraph, value: Tensor, steps: int) -> Iterator[Tenso
     yield value
     state = _side_by_side(graph, value)
     for _ in range(steps):
-        state = graph.transition.matmul(state)
+        state = graph.matrix.matmul(state)
         yield _heads(graph, state, value)
 
 

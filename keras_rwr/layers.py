@@ -5,8 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rwr import _reference
-from keras_rwr._attend import Heads, attend
+from keras_rwr._attend import attend, attention_matrix
 from keras_rwr._checks import check_bool, check_int, check_per_head
 from keras_rwr._core import WalkCore
 from keras_rwr._decoding import WalkCache
@@ -305,6 +304,7 @@ class RWRAttention(keras.layers.MultiHeadAttention):
     ) -> Any:
         key = value if key is None else key
         check_sequences(query.shape, value.shape, key.shape)
+        check_bool("return_attention_scores", return_attention_scores)
         masks = read_masks(
             query,
             use_causal_mask,
@@ -316,27 +316,28 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         )
         call = Call(masks.is_causal, self._dropout if training else 0.0)
         call.check(self.options, masks.segment_ids is not None)
-        check_bool("return_attention_scores", return_attention_scores)
         heads = (
             self._query_dense(query),  # (B, S, N, H)
             self._key_dense(key),  # (B, S, N, H)
             self._value_dense(value),  # (B, S, N, value_dim)
         )
-        if cache is not None:
+        if cache is None:
+            if graph is not None:
+                check_fits(graph, heads[0], self._num_heads, self.options, call)
+            seed = self._dropout_layer.seed_generator.next() if call.dropout > 0 else None
+            inputs = self.walk.inputs(query, *heads, masks, seed, graph)
+            output = attend(inputs, self.options, call, self.tuning)  # (B, S, N, value_dim)
+        else:
             _check_cached_call(call, masks, cache_update_index, return_attention_scores, graph)
             output, cache = self.walk.attend_cached(query, *heads, cache, cache_update_index)
-            return self._project_output(output, query), cache
-        if graph is not None:
-            check_fits(graph, heads[0], self._num_heads, self.options, call)
-        seed = self._dropout_layer.seed_generator.next() if call.dropout > 0 else None
-        inputs = self.walk.inputs(query, *heads, masks, seed, graph)
-        output = attend(inputs, self.options, call, self.tuning)  # (B, S, N, value_dim)
-        output = self._project_output(output, query)
+        if self._use_gate:
+            output = ops.multiply(output, self._gate_dense(query))
+        output = self._output_dense(output)
+        if cache is not None:
+            return output, cache
         if not return_attention_scores:
             return output
-        prepared = Heads.create(inputs, self.options, call)
-        scores = _reference.attention_matrix(prepared, self.options, Call(call.is_causal))
-        scores = ops.where(prepared.tokens.real, scores + prepared.poison, 0.0)  # (B, N, S, S)
+        scores = attention_matrix(inputs, self.options, Call(call.is_causal))  # (B, N, S, S)
         return output, ops.cast(scores, self.compute_dtype)
 
     def empty_cache(self, batch_size: Any, length: int) -> WalkCache:
@@ -397,12 +398,6 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         return super().compute_output_spec(
             query, value, key, return_attention_scores=return_attention_scores
         )
-
-    def _project_output(self, output: Tensor, query: Tensor) -> Tensor:
-        """Heads' outputs `(B, S, N, value_dim)` to the layer's."""
-        if self._use_gate:
-            output = ops.multiply(output, self._gate_dense(query))
-        return self._output_dense(output)
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

@@ -6,8 +6,7 @@ import keras
 from keras import ops
 from keras.src.backend import any_symbolic_tensors
 
-from keras_rwr import _reference
-from keras_rwr._attend import Heads, Inputs, attend
+from keras_rwr._attend import Heads, Inputs, attend, attention_matrix
 from keras_rwr._checks import as_tensor, check_per_head, check_shape, compatible, is_tensor
 from keras_rwr._walk import apart, side_by_side
 from keras_rwr.graph import SparseGraph, check_fits, check_rows
@@ -211,11 +210,8 @@ def attention_scores(
     Raises: as `rwr_attention`.
     """
     options, call, tensors = _read({**locals(), "value": key})
-    inputs = Inputs(**tensors)
-    heads = Heads.create(inputs, options, call)
-    matrix = _reference.attention_matrix(heads, options, call)
-    matrix = ops.where(heads.tokens.real, matrix + heads.poison, 0.0)
-    return ops.cast(matrix, inputs.query.dtype)
+    matrix = attention_matrix(Inputs(**tensors), options, call)
+    return ops.cast(matrix, tensors["query"].dtype)
 
 
 def token_importance(
@@ -274,7 +270,7 @@ def token_importance(
     # Horner's scheme on the transpose: u <- theta_t s + P^T u.
     visits = column(options.steps)
     for t in reversed(range(options.steps)):
-        visits = column(t) + transition.transition.transposed_matmul(visits)
+        visits = column(t) + transition.matrix.transposed_matmul(visits)
     visits = apart(transition.tiling.cut(visits), number)
     visits = ops.where(heads.tokens.real, visits + heads.poison, 0.0)
     return ops.transpose(visits[..., 0], (0, 2, 1))
@@ -282,7 +278,7 @@ def token_importance(
 
 def _read(arguments: dict[str, Any]) -> tuple[Options, Call, dict[str, Any]]:
     """Checks the arguments of a call: its options, its facts, and its tensors by name."""
-    tensors = {name: arguments.get(name) for name in Inputs.names()}
+    tensors: dict[str, Any] = {name: arguments.get(name) for name in Inputs.names()}
     numbers = ("concentration", "lens_strength")
     if "lens_strength" not in arguments:
         tensors["lens_strength"] = 1.0

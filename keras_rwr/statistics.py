@@ -138,12 +138,12 @@ def record_calls(model: keras.layers.Layer) -> Iterator[list[RecordedCall]]:
     layers = [x for x in model._flatten_layers() if isinstance(x, RWRAttention)]
     layers = [x for x in layers if x.options.steps > 0]
     for layer in layers:
-        vars(layer.walk)["inputs"] = recording(layer)
+        object.__setattr__(layer.walk, "inputs", recording(layer))
     try:
         yield calls
     finally:
         for layer in layers:
-            del vars(layer.walk)["inputs"]
+            object.__delattr__(layer.walk, "inputs")
 
 
 def attention_statistics(call: RecordedCall) -> dict[str, float]:
