@@ -10,7 +10,7 @@ import oracle_gradients
 import pytest
 import torch
 from helpers import (
-    SUM_CASES,
+    KERNEL_CASES,
     TOLERANCES,
     assert_close,
     assert_gradients_close,
@@ -19,8 +19,8 @@ from helpers import (
 from precision import assert_as_exact_as_eager, assert_within, limits
 
 import keras_rwr
+from keras_rwr._dispatch import KernelCall, current_device
 from keras_rwr.backends.torch import select_neighbors
-from keras_rwr.dispatch import current_device
 from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
 from keras_rwr.ops import rwr_attention
 
@@ -77,7 +77,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", SUM_CASES, ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_float32(case):
     output, gradients = run_case(case, "triton")
     assert_close(output, case.expected, TOLERANCES["output"])
@@ -86,7 +86,7 @@ def test_float32(case):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", SUM_CASES, ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_half_precision(case, dtype):
     assert_as_exact_as_eager(case, dtype)
 
@@ -123,7 +123,7 @@ def test_default_sizes(name, dtype):
     tensors["discoverability"] = 0.125 * draw(1, 1, 3, head_size, dtype=dtype, seed=5)[0][0, 0]
     real = torch.ones((2, TOKENS), dtype=torch.bool, device=DEVICE)
     real[1, 2 * TOKENS // 3 :] = False
-    neighbors = select_neighbors(query, key, keras_rwr.RWRConfig(**options), real)
+    neighbors = select_neighbors(query, key, KernelCall(**options), real)
     has_bias = "R3" in name or "R4" in name
 
     def results(run, dtype=None):

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from helpers import (
-    SUM_CASES,
+    KERNEL_CASES,
     TOLERANCES,
     Case,
     assert_close,
@@ -23,7 +23,7 @@ from helpers import (
 from precision import assert_as_exact_as_eager
 
 import keras_rwr
-from keras_rwr.dispatch import current_device
+from keras_rwr._dispatch import current_device
 from keras_rwr.ops import rwr_attention
 
 pytestmark = [
@@ -73,7 +73,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(numpy(one), numpy(other))
 
 
-@pytest.mark.parametrize("case", SUM_CASES, ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_float32(case):
     output, gradients = run_case(case, "pallas")
     assert_close(output, case.expected, TOLERANCES["output"])
@@ -81,7 +81,7 @@ def test_float32(case):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", SUM_CASES, ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_half_precision(case, dtype):
     assert_as_exact_as_eager(case, dtype)
 

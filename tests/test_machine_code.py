@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from keras_rwr._dispatch import KernelCall
 from keras_rwr.backends.torch import rwr_attention, select_neighbors
-from keras_rwr.config import RWRConfig
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MI300 = GPUTarget("hip", "gfx942", 64)
@@ -89,7 +89,7 @@ def fresh_cache(tmp_path_factory):
 @functools.cache
 def compile_attention(target, head_size, tokens=4096, backward=True, **options):
     """The kernels of one call in bfloat16, forward and backward, by name; each name has a list."""
-    config = RWRConfig(is_causal=True, **options)
+    config = KernelCall(is_causal=True, **options)
     with compiling(target) as kernels:
         query, key, value = torch.zeros((3, 1, tokens, 2, head_size), dtype=torch.bfloat16)
         query.requires_grad_(backward)

@@ -40,6 +40,10 @@ def supports(spec):
         return f"its kernels compute in {', '.join(_DTYPES)}"
     if config.fusion != "sum":
         return f'fusion "{config.fusion}" needs the dense rows of the walk'
+    if config.edge_weight == "exponential" and config.reversible:
+        return (
+            "its kernels have no logarithms, which the scales of exponential edges both ways need"
+        )
     if spec.has_graph:
         return "its kernels weigh edges as they go and cannot walk on a graph built earlier"
     if not all(isinstance(size, int) for size in spec.query_shape):

@@ -29,6 +29,7 @@ from keras_rwr.backends.jax.tiles import (
     row_positions,
     rows_of,
     rows_of_step,
+    share_of_gradients,
     slope,
     sum_over_steps,
     within_window,
@@ -113,16 +114,18 @@ def query_gradients(plan, refs, out):
             scales = query_scale * key_scale
             cosine = product * scales
             slack = plan.keep_walking * products(adjoints, "state", there)
-            along = (slack - refs["delta"][...]) * refs["share"][...]
+            along, share = slack - refs["delta"][...], refs["share"][...]
             if plan.biased:
                 weight = refs["band"][jnp.minimum(span, plan.spans - 1), :, lanes]
-                bias_sums += jnp.where(near, weight.astype(jnp.float32) * along, 0.0)
+                bias_sums += jnp.where(near, weight.astype(jnp.float32) * along * share, 0.0)
                 along *= jnp.exp2(bias)
+            along *= share_of_gradients(share, plan)
             reach = near
             if plan.reversible:
                 along = jnp.where(near, along, 0.0)
                 back = plan.keep_walking * products(states, "adjoint", there)
-                back = (back - refs["deltas"][:, there]) * refs["shares"][:, there]
+                back -= refs["deltas"][:, there]
+                back *= share_of_gradients(refs["shares"][:, there], plan)
                 if plan.biased:
                     back *= jnp.exp2(refs["bias"][...] * LOG2E)
                 linked = within_window(rows, columns, plan.window, not plan.causal, True) & pairs

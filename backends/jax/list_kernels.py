@@ -22,6 +22,7 @@ from keras_rwr.backends.jax.tiles import (
     places_of,
     row_positions,
     rows_of_step,
+    share_of_gradients,
     slope,
     sum_over_steps,
     weigh,
@@ -145,19 +146,21 @@ def far_edge_gradients(plan, refs, out):
 
         slack = plan.keep_walking * products("adjoint", "state", places)
         along = slack - listed_rows(plan, refs, "delta", places)
-        along *= listed_rows(plan, refs, "share", places)
+        share = listed_rows(plan, refs, "share", places)
         if plan.reversible:
             along = 0.5 * along
         if plan.biased:
             along *= refs["block_gains"][...]
-            bias += jnp.sum(weight * along, 0, keepdims=True)
+            bias += jnp.sum(weight * along * share, 0, keepdims=True)
+        along *= share_of_gradients(share, plan)
         if plan.mutual:
             slack = plan.keep_walking * products("state", "adjoint", places)
-            back = 0.5 * (slack - refs["block_deltas"][...]) * refs["block_shares"][...]
+            back = 0.5 * (slack - refs["block_deltas"][...])
             if plan.biased:
                 back *= listed_rows(plan, refs, "gain", places)
-                out["entry_bias"][places, :] = jnp.sum(weight * back, 1, keepdims=True)
-            along += back
+                shared = weight * back * refs["block_shares"][...]
+                out["entry_bias"][places, :] = jnp.sum(shared, 1, keepdims=True)
+            along += back * share_of_gradients(refs["block_shares"][...], plan)
         change = jnp.where(linked, along * slope(cosine, sharpness, plan), 0.0)
         out["entry_radial"][places, :] = jnp.sum(change * cosine, 1, keepdims=True)
         radial += jnp.sum(change * cosine, 0, keepdims=True)

@@ -217,6 +217,11 @@ def slope(cosine, sharpness, plan):
     return jnp.where(cosine > plan.cut, 1.0, 0.0)
 
 
+def share_of_gradients(share, plan):
+    """`1 / D` as gradients of weights have it: they count a sum of cosines below 1 as 1."""
+    return share if plan.exponential else jnp.minimum(share, 1.0)
+
+
 def bounded(x, dtype):
     """The cast of finite numbers to finite numbers."""
     largest = float(jnp.finfo(dtype).max)

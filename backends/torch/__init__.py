@@ -34,6 +34,10 @@ def supports(spec):
         return f"its kernels compute in {', '.join(_DTYPES)}"
     if config.fusion != "sum":
         return f'fusion "{config.fusion}" needs the dense rows of the walk'
+    if config.edge_weight == "exponential" and config.reversible:
+        return (
+            "its kernels have no logarithms, which the scales of exponential edges both ways need"
+        )
     if spec.has_graph:
         return "its kernels weigh edges as they go and cannot walk on a graph built earlier"
     for name, size in (("head size", spec.query_shape[-1]), ("value size", spec.value_size)):

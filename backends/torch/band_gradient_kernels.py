@@ -16,6 +16,7 @@ from keras_rwr.backends.torch.tiles import (
     load_numbers,
     load_rows,
     locate_in_band,
+    share_of_gradients,
     slope,
     store_numbers,
     store_rows,
@@ -208,7 +209,8 @@ def band_edge_gradients(
                     GROUP,
                 )
             slack = keep_walking * product - delta[:, None]
-            along = tl.where(near, slack * share[:, None] * column_gain[None, :], 0.0)
+            bounded = share_of_gradients(share, EXPONENTIAL)
+            along = tl.where(near, slack * bounded[:, None] * column_gain[None, :], 0.0)
             reach = near
             if bias_ptr is not None:
                 pointers, _ = locate_in_band(
@@ -234,6 +236,7 @@ def band_edge_gradients(
                     GROUP,
                 )
                 column_share = load_numbers(share_ptr, head, size, columns, present, 0.0)
+                column_share = share_of_gradients(column_share, EXPONENTIAL)
                 column_delta = load_numbers(delta_ptr, head, size, columns, present, 0.0)
                 slack = keep_walking * tl.trans(product) - column_delta[None, :]
                 back = slack * column_share[None, :] * gain[:, None]

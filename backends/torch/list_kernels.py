@@ -16,6 +16,7 @@ from keras_rwr.backends.torch.tiles import (
     load_numbers,
     load_rows,
     outside_window,
+    share_of_gradients,
     slope,
     store_numbers,
     store_rows,
@@ -368,12 +369,13 @@ def far_edge_gradients(
                 GROUP,
             )
         slack = keep_walking * product - query_delta[:, None]
-        along = slack * query_share[:, None] * key_gain[None, :]
+        along = slack * key_gain[None, :]
         weight = tl.where(linked, weigh(cosine, sharpness, CUT, EXPONENTIAL), 0.0)
         if REVERSIBLE:
             along = 0.5 * along
         if bias_ptr is not None:
-            key_bias += tl.sum(weight * along, 0)
+            key_bias += tl.sum(weight * along * query_share[:, None], 0)
+        along *= share_of_gradients(query_share, EXPONENTIAL)[:, None]
         if MUTUAL:
             query_gain = tl.full((ENTRIES,), 1.0, tl.float32)
             if bias_ptr is not None:
@@ -395,8 +397,9 @@ def far_edge_gradients(
                 GROUP,
             )
             slack = keep_walking * tl.trans(product) - key_delta[None, :]
-            back = 0.5 * slack * key_share[None, :] * query_gain[:, None]
-            along += back
+            back = 0.5 * slack * query_gain[:, None]
+            along += back * share_of_gradients(key_share, EXPONENTIAL)[None, :]
+            back *= key_share[None, :]
             if bias_ptr is not None:
                 tl.store(entry_bias_ptr + entry, tl.sum(weight * back, 1), mask=listed)
         change = tl.where(linked, along * slope(cosine, sharpness, CUT, EXPONENTIAL), 0.0)

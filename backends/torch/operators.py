@@ -75,6 +75,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cotangent):
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError(
+                "The Triton kernels of RWR attention have no second derivative: use "
+                '`implementation="portable"`.'
+            )
         tensors = list(ctx.saved_tensors)
         inputs = [tensors.pop(0) if present else None for present in ctx.present]
         gradients = torch.ops.keras_rwr.backward(*inputs, tensors, cotangent, *ctx.options)

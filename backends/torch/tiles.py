@@ -129,6 +129,15 @@ def slope(cosine, sharpness, CUT: tl.constexpr, EXPONENTIAL: tl.constexpr):
 
 
 @triton.jit
+def share_of_gradients(share, EXPONENTIAL: tl.constexpr):
+    """`1 / D` as gradients of weights have it: they count a sum of cosines below 1 as 1."""
+    if EXPONENTIAL:
+        return share
+    else:
+        return tl.minimum(share, 1.0)
+
+
+@triton.jit
 def mix(x):
     """MurmurHash3's 32-bit finaliser."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import (
     BACKEND,
+    KERNEL_CASES,
     LONG,
     SIXTEENS,
-    SUM_CASES,
     TOLERANCES,
     assert_close,
     assert_gradients_close,
@@ -19,13 +19,13 @@ from helpers import (
 )
 from precision import KERNEL, assert_as_exact_as_eager
 
-BY_NAME = {made.name: made for made in SUM_CASES}
+BY_NAME = {made.name: made for made in KERNEL_CASES}
 # What has to be seen in several batch entries and heads.
 WHOLE = ("padding whole row", "one token")
 TILES = [
     BY_NAME["R1 causal sixteens"],
     BY_NAME["R3 bidirectional fours"],
-    BY_NAME["padding holes reversible"],
+    BY_NAME["padding holes"],
     case("dropout sixteens", sizes=LONG, dropout=0.3, seed=(3, 4), is_causal=True, **SIXTEENS),
 ]
 
@@ -48,7 +48,7 @@ def shrunk(made):
     return replace(made, sizes=tuple(sorted(sizes.items())), options=tuple(sorted(options.items())))
 
 
-CASES = SUM_CASES[:-4]
+CASES = KERNEL_CASES[:-4]
 # Compiling what Pallas interprets takes seconds a case: each option in one case at least.
 PALLAS_CASES = (
     "R1 causal sixteens",
@@ -59,7 +59,7 @@ PALLAS_CASES = (
     "negative threshold",
     "backward only",
     "padding left",
-    "padding holes reversible",
+    "padding holes",
     "dropout",
     "no walk",
     "long walk",
@@ -81,15 +81,15 @@ def test_float32(case):
 HALF_CASES = [
     ("R1 causal sixteens", torch.float16),
     ("R3 bidirectional fours", torch.float16),
-    ("padding holes reversible", torch.float16),
-    ("exponential threshold", torch.float16),
+    ("padding holes", torch.float16),
+    ("R4 causal", torch.float16),
     ("dropout", torch.float16),
 ]
 if BACKEND == "jax":  # Triton's interpreter knows no bfloat16
     HALF_CASES = [
         ("R1 causal sixteens", torch.bfloat16),
         ("R3 bidirectional fours", torch.bfloat16),
-        ("exponential threshold", torch.float16),
+        ("R4 causal", torch.float16),
     ]
 
 
@@ -124,7 +124,7 @@ def test_several_tiles(case):
     made = case
     options = {**dict(made.options), "block_size": 16}
     run = attention(made.inputs, options, KERNEL, seed=made.seed)
-    output, gradients = attention_gradients(run, made.inputs, made.discoverability)
+    output, gradients = attention_gradients(run, made.inputs)
     assert_close(output, made.expected, TOLERANCES["output"])
     assert_gradients_close(gradients, made.expected_gradients[1])
 
@@ -134,7 +134,6 @@ def sized(head_dim, value_dim, **options):
         f"{head_dim} and {value_dim} features",
         sizes={"batch": 1, "heads": 1, "head_dim": head_dim, "value_dim": value_dim},
         is_causal=True,
-        edge_weight="exponential",
         reversible=True,
         discoverability=True,
         window=3,
@@ -158,6 +157,6 @@ def test_head_sizes(case):
 def test_padded_head_size():
     made = shrunk(BY_NAME["R3 causal"])
     run = attention(made.inputs, {**dict(made.options), "head_dim_pad": 48}, KERNEL)
-    output, gradients = attention_gradients(run, made.inputs, made.discoverability)
+    output, gradients = attention_gradients(run, made.inputs)
     assert_close(output, made.expected, TOLERANCES["output"])
     assert_gradients_close(gradients, made.expected_gradients[1])

@@ -48,14 +48,17 @@ def make(step, block, **options):
 def runner(made, seed=None, **tiles):
     """A function of query, key and value, in NumPy."""
     inputs = made.inputs
-    weights = (inputs.discoverability, inputs.concentration, inputs.lens_strength)
-    u, kappa, gamma = map(ops.convert_to_tensor, weights)
-    u = u if made.discoverability else None
+    others = {
+        name: ops.convert_to_tensor(x)
+        for name, x in inputs.arrays().items()
+        if name not in ("query", "key", "value")
+    }
+    gamma = others.pop("lens_strength")
     options = {**dict(made.options), **tiles}
 
     def attend(query, key, value, gamma):
         run = attention(inputs, options, KERNEL, seed=seed)
-        return run(query, key, value, u, kappa, gamma)
+        return run(query, key, value, lens_strength=gamma, **others)
 
     attend = compiled(attend)
 
@@ -132,7 +135,7 @@ def test_padding_content_changes_nothing(step, block, pattern):
                 array[~mask] = content
         inputs = replace(made.inputs, padding_mask=mask, **arrays)
         run = attention(inputs, dict(made.options), KERNEL)
-        output, gradients = attention_gradients(run, inputs, made.discoverability)
+        output, gradients = attention_gradients(run, inputs)
         results.append({"output": output, **gradients})
     before, after = results
     for name, array in before.items():
@@ -174,7 +177,7 @@ def test_isolated_tokens_stay_where_they_are(reversible):
     for gamma in (inputs.lens_strength, np.zeros(1, "float32")):
         changed = replace(inputs, lens_strength=gamma)
         run = attention(changed, dict(made.options), KERNEL)
-        results.append(attention_gradients(run, changed, discoverability=False))
+        results.append(attention_gradients(run, changed))
     (output, gradients), (local, local_gradients) = results
     mass = oracle.walk_mass(made.oracle_options)
     expected = local + inputs.lens_strength[:, None] * mass * inputs.value
@@ -212,9 +215,9 @@ def test_dropout_is_the_seeds_alone():
     ]
     options = dict(made.options)
     run = attention(made.inputs, options, KERNEL, seed=(5, 6))
-    whole = compiled(lambda *x: run(*x, None, 20.0, 0.3))(*arrays)
+    whole = compiled(run)(*arrays)
     piece = attention(made.inputs, options, KERNEL, seed=(5, 6, 1, 1))
-    output = numpy(compiled(lambda *x: piece(*x, None, 20.0, 0.3))(*(x[1:, :, 1:] for x in arrays)))
+    output = numpy(compiled(piece)(*(x[1:, :, 1:] for x in arrays)))
     whole = numpy(whole)
     # What compilers make of other shapes may round otherwise.
     assert_close(output, whole[1:, :, 1:], TOLERANCES["output"])

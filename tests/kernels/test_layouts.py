@@ -38,7 +38,7 @@ ARRANGED = case("arranged", sizes={"batch": 2, "tokens": 19}, is_causal=True, **
 def arranged_results(tensors, cotangent):
     run = attention(ARRANGED.inputs, dict(ARRANGED.options), "triton")
     leaves = [x.detach().requires_grad_() for x in tensors]
-    output = run(*leaves, None, 20.0, 0.3)
+    output = run(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
 
 
@@ -64,7 +64,7 @@ def test_an_expanded_cotangent():
     made = shrunk(BY_NAME["R1 causal"])
     run = attention(made.inputs, dict(made.options), "triton")
     value = torch.tensor(made.inputs.value, requires_grad=True)
-    output = run(torch.tensor(made.inputs.query), torch.tensor(made.inputs.key), value, None, 20, 1)
+    output = run(torch.tensor(made.inputs.query), torch.tensor(made.inputs.key), value)
     (expanded,) = torch.autograd.grad(output.sum(), value, retain_graph=True)
     (expected,) = torch.autograd.grad(output, value, torch.ones_like(output))
     assert torch.equal(expanded, expected) and expected.abs().max() > 0.1

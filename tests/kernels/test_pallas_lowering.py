@@ -17,7 +17,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir._mlir_libs import _triton_ext
 from triton.backends.compiler import GPUTarget
 
-from keras_rwr import RWRConfig, dispatch
+from keras_rwr import _dispatch as dispatch
+from keras_rwr._dispatch import KernelCall
 from keras_rwr.backends import jax as backend
 
 TARGETS = {"gpu": ("cuda", r"triton"), "tpu": ("tpu", r"tpu_custom_call")}
@@ -50,7 +51,7 @@ KERNELS = {
 def lowered(target, options, head_size, dtype, monkeypatch, size=1031):
     """The exported program of a call's forward and backward pass, as text."""
     monkeypatch.setattr(backend, "target", target)
-    config = RWRConfig(**{"is_causal": True, **options})
+    config = KernelCall(**{"is_causal": True, **options})
     shape = (1, size, 2, head_size)
 
     def loss(query, key, value, discoverability, concentration, mask, neighbors):
@@ -187,7 +188,7 @@ def test_reasons(changed, reason, monkeypatch):
         "dtype": "bfloat16",
         "query_shape": (1, 64, 2, 64),
         "value_size": 64,
-        "config": RWRConfig(**changed.pop("config", {})),
+        "config": KernelCall(**changed.pop("config", {})),
     }
     assert backend.supports(dispatch.CallSpec(**facts)) is None or not changed
     found = backend.supports(dispatch.CallSpec(**{**facts, **changed}))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import portable_neighbors
 
-from keras_rwr import RWRConfig, graph
+from keras_rwr._dispatch import KernelCall
 from keras_rwr.backends.jax import plan as plans
 from keras_rwr.backends.jax import select_neighbors, selection
 from keras_rwr.backends.jax.lists import reverse_lists
@@ -36,11 +37,13 @@ def choose(query, key, config, mask=None):
     ("size", "slots", "block", "window"), [(67, 2, 4, 5), (41, 5, 3, 4), (383, 1, 1, 0)]
 )
 def test_best_blocks(size, slots, block, window, is_causal, padded):
-    config = RWRConfig(topk=slots * block, neighbor_block=block, window=window, is_causal=is_causal)
+    config = KernelCall(
+        topk=slots * block, neighbor_block=block, window=window, is_causal=is_causal
+    )
     query, key = draw(size)
     mask = draw_mask(size) if padded else None
     found = choose(query, key, config, mask)
-    expected = np.asarray(graph.select_neighbors(query, key, config, mask))
+    expected = np.asarray(portable_neighbors(query, key, config, mask))
     assert found.dtype == np.int32
     np.testing.assert_array_equal(np.sort(found), np.sort(expected))
     assert (found >= 0).any() and (found == -1).any() == (is_causal or padded)
@@ -52,12 +55,12 @@ def test_groups_of_blocks(group, padded, monkeypatch):
     """Many blocks are compared by groups in half precision, but for near-ties the same ones."""
     monkeypatch.setattr(selection, "_FEW_BLOCKS", 0)
     monkeypatch.setattr(selection, "_GROUP", group)
-    config = RWRConfig(topk=2, neighbor_block=1, window=3, is_causal=not padded)
+    config = KernelCall(topk=2, neighbor_block=1, window=3, is_causal=not padded)
     query, key = draw(283, "float16")
     mask = draw_mask(283) if padded else None
     found = choose(query, key, config, mask)
     expected = np.asarray(
-        graph.select_neighbors(query.astype("float32"), key.astype("float32"), config, mask)
+        portable_neighbors(query.astype("float32"), key.astype("float32"), config, mask)
     )
     assert (np.sort(found) == np.sort(expected)).mean() > 0.98
     np.testing.assert_array_equal(found >= 0, np.sort(expected)[..., ::-1] >= 0)
@@ -68,7 +71,7 @@ def test_ties_go_to_the_lower_block():
     rng = np.random.default_rng(2)
     key = np.eye(16, dtype="float32")[rng.integers(0, 2, (1, 59, 2))]
     query = np.eye(16, dtype="float32")[rng.integers(0, 2, (1, 59, 2))]
-    config = RWRConfig(topk=7, neighbor_block=1, window=5, is_causal=True)
+    config = KernelCall(topk=7, neighbor_block=1, window=5, is_causal=True)
     found = choose(jnp.asarray(query), jnp.asarray(key), config)
     for head in range(2):
         scores = query[0, 58, head] @ key[0, :53, head].T
@@ -77,7 +80,7 @@ def test_ties_go_to_the_lower_block():
 
 def test_short_sequences_have_no_neighbours():
     query, key = draw(6)
-    config = RWRConfig(topk=8, neighbor_block=4, window=5, is_causal=True)
+    config = KernelCall(topk=8, neighbor_block=4, window=5, is_causal=True)
     assert select_neighbors(query, key, config) is None
     query, key = draw(7)
     found = choose(query, key, config)
@@ -87,7 +90,7 @@ def test_short_sequences_have_no_neighbours():
 @pytest.mark.parametrize("blocks", [5, 12000])  # whose numbers two bytes hold, and do not
 def test_reverse_lists(blocks):
     batch, size, heads, slots = 2, 37, 3, 2
-    config = RWRConfig(topk=2, neighbor_block=1)
+    config = KernelCall(topk=2, neighbor_block=1)
     plan = plans.Plan.create((batch, size, heads, 16), 16, "float32", config, "gpu", slots=slots)
     plan = dataclasses.replace(plan, size=size, width=1)
     neighbors = np.random.default_rng(3).integers(-1, 5, (batch * heads, size, slots))

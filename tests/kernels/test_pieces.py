@@ -16,7 +16,6 @@ MADE = case(
     padding="right",
     discoverability=True,
     reversible=True,
-    edge_weight="exponential",
     dropout=0.3,
     **FOURS,
 )

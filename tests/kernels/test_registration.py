@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import keras_rwr
-from keras_rwr import RWRConfig, backends, dispatch
+from keras_rwr import _dispatch as dispatch
+from keras_rwr import backends
+from keras_rwr._dispatch import KernelCall
 from keras_rwr.backends.torch.run import is_watched
 from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
 from keras_rwr.ops import rwr_attention
@@ -93,7 +95,7 @@ def test_operators_keep_torchs_contract(options):
 @pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
 def test_gradients_are_those_of_the_function():
     # Exponential edges have no kinks, and the neighbours stay what they are.
-    config = RWRConfig(reversible=True, **R4, **SMALL)
+    config = KernelCall(reversible=True, **R4, **SMALL)
     query, key, *others = draw()
     neighbors = backends.torch.select_neighbors(query, key, config)
     assert (neighbors >= 0).any()
@@ -117,6 +119,14 @@ def test_gradients_are_those_of_the_function():
     *fixed, gamma = leaves
     with pytest.raises(GradcheckError):
         check(lambda gamma: run(*fixed, 1.5 * gamma - 0.5 * gamma.detach()).sum(), gamma)
+
+
+def test_second_derivatives_are_refused():
+    query, *others = draw()
+    query.requires_grad_()
+    output = attend(query, *others)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(output.sum(), query, create_graph=True)
 
 
 # Dynamo itself makes an instance of each traced autograd function.
@@ -203,6 +213,12 @@ def test_explain():
         ({"dtype": "bfloat16"}, {}, "compute in"),
         ({}, {"fusion": "softmax"}, "dense rows"),
         ({"has_graph": True}, {}, "graph"),
+        ({"has_segments": True}, {"neighbor_block": 1}, "segments"),
+        ({}, {"graph_heads": 1}, "graph of its own"),
+        ({}, {"stopping": "gated"}, "hop weights"),
+        ({}, {"self_edges": False}, "self edges"),
+        ({}, {"edge_weight": "exponential", "reversible": True}, "logarithms"),
+        ({"value_shape": (1, 11, 1, 5)}, {}, "grouped heads"),
         ({"device": "gpu"}, {}, "TRITON_INTERPRET=1"),
         ({"value_shape": (1, 11, 2, 257)}, {}, "value size of at most 256"),
     ],
@@ -253,6 +269,13 @@ def test_training_a_gpt2_with_kernels_and_with_the_reference():
         keras.utils.set_random_seed(2)
         sizes = {**ONE_LAYER, "dropout": 0.0}
         backbone = RWRGPT2Backbone(**sizes, **small_layer(), **R4, implementation=implementation)
+        for block in backbone.transformer_layers:
+            # The kernels know no smallest norm of gradients, and GPT-2 begins with small weights.
+            for dense in (
+                block._self_attention_layer._query_dense,
+                block._self_attention_layer._key_dense,
+            ):
+                dense.kernel.assign(20.0 * dense.kernel)
         model = RWRGPT2CausalLM(backbone, preprocessor=None)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         results.append(train(model, inputs, np.roll(tokens, -1, 1), loss))
