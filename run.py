@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
 """The project's two main jobs, each in an environment that this script makes for itself.
 
-    python3 run.py ablation [arguments of examples/gpt2_ablation.py]
+    python3 run.py ablation [arguments of studies/ablation.py]
     python3 run.py test [arguments of pytest]
 
-`ablation` trains R0 to R4 of a small GPT-2 and leaves a table and a picture in a run folder. `test`
-runs all tests on torch, jax and tensorflow, each in its own process, and those of the Triton and
-of the Pallas kernels in two that interpret them on the CPU.
+`ablation` trains R0 to R5 of a small GPT-2, then small models that follow variables, and leaves a
+table and a picture of each in a run folder. `test` runs ruff, mypy, all tests on torch, jax and
+tensorflow in processes of their own, and those of the Triton and of the Pallas kernels in two that
+interpret them on the CPU. With arguments it runs the tests alone.
 
 The environment is `.venv` beside this script. It is made on first use, from pyproject.toml and the
 versions in constraints.txt, and updated only when one of them changes.
 
 Environment variables:
     KERAS_RWR_VENV: Folder of the environment, instead of `.venv`.
-    KERAS_RWR_JOBS: Test processes that run at the same time. Defaults to 2, or 1 on one core.
+    KERAS_RWR_JOBS: Processes of `test` that run at the same time. Defaults to 2, or 1 on one core.
     KERAS_BACKEND: What `ablation` trains with. Defaults to torch.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +33,14 @@ import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parent
 BACKENDS = ("torch", "jax", "tensorflow")
-SLOWEST_FIRST = ("tensorflow", "jax", "torch")  # so that no long test process ends alone
+# Test processes a backend, slowest first, so that no long one ends alone. TensorFlow keeps what it
+# has compiled: one process for all tests would take twice the memory.
+PARTS = {"tensorflow": 2, "jax": 1, "torch": 1}
+CHECKS = {
+    "ruff check": ["ruff", "check"],
+    "ruff format": ["ruff", "format", "--check"],
+    "mypy": ["mypy"],
+}
 
 # Tests that start processes of their own, with other backends or with none.
 ACROSS_BACKENDS = ("tests/cross_backend", "tests/devices", "tests/packaging")
@@ -63,19 +72,20 @@ def main(arguments):
 
 
 def ablation(arguments):
-    """Trains R0 to R4 on the embedded text, or as the arguments ask."""
+    """Trains R0 to R5 on the embedded text, or as the arguments ask."""
     backend = os.environ.get("KERAS_BACKEND", "torch")
     if backend not in BACKENDS:
         print(f"error: KERAS_BACKEND must be one of {', '.join(BACKENDS)}. Received: {backend!r}")
         return 2
     python = environment([backend, "examples"])
-    command = [python, str(ROOT / "examples" / "gpt2_ablation.py"), *arguments]
-    return subprocess.run(command, env=settings(backend), check=False).returncode
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [python, "-m", "studies.ablation", *arguments]
+    return subprocess.run(command, env=settings(backend, PYTHONPATH=path), check=False).returncode
 
 
 def test(arguments):
-    """Runs pytest once a backend, on interpreted kernels and across backends, and sums up."""
-    python = environment([*BACKENDS, "examples", "test"])
+    """Runs ruff, mypy and pytest: once a backend, on interpreted kernels and across backends."""
+    python = environment([*BACKENDS, "examples", "dev"])
     selected = [x for x in arguments if not x.startswith("-") and is_test_path(x)]
     options = [x for x in arguments if x not in selected]
     spanning = [x for x in selected if x.startswith(ACROSS_BACKENDS)]
@@ -84,9 +94,10 @@ def test(arguments):
 
     runs = []
     if single or not selected:
-        elsewhere = [f"--ignore={x}" for x in (*ACROSS_BACKENDS, KERNELS)]
-        paths = single if single else ["tests", *elsewhere]
-        runs += [(backend, settings(backend), paths) for backend in SLOWEST_FIRST]
+        for backend, parts in PARTS.items():
+            for number, paths in enumerate([single] if single else divide(parts), 1):
+                name = f"{backend} {number}" if parts > 1 and not single else backend
+                runs.append((name, settings(backend), paths))
     if not selected:
         interpreted = [KERNELS]
     for backend, (name, switch) in INTERPRETED.items():
@@ -97,10 +108,13 @@ def test(arguments):
         paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
         runs.append(("across backends", settings(BACKENDS[0]), paths))
 
+    tasks = [functools.partial(pytest, python, *run, options) for run in runs]
+    if not arguments:
+        tasks += [functools.partial(check, python, *run) for run in CHECKS.items()]
     jobs = int(os.environ.get("KERAS_RWR_JOBS", min(2, os.cpu_count() or 1)))
     started = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda run: pytest(python, *run, options, jobs > 1), runs))
+        results = list(pool.map(lambda task: task(captured=jobs > 1), tasks))
 
     print("\n" + "=" * 100)
     for result in results:
@@ -111,6 +125,7 @@ def test(arguments):
     total = {key: sum(x[key] for x in results) for key in ("passed", "failed", "skipped")}
     filtered = bool(arguments)
     good = all(x["code"] == 0 or (filtered and x["code"] == NO_TESTS_COLLECTED) for x in results)
+    good = good and not total["failed"]
     print(f"{'all in order' if good else 'NOT in order'}, {time.monotonic() - started:.0f} s")
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return 0 if good and total["passed"] else 1
@@ -119,6 +134,24 @@ def test(arguments):
 def is_test_path(argument):
     """Whether a command line argument names tests, such as `tests/test_layer.py::test_call`."""
     return (ROOT / argument.split("::")[0]).exists()
+
+
+def divide(parts):
+    """Arguments of pytest for so many processes that share the tests of one backend."""
+    elsewhere = [f"--ignore={x}" for x in (*ACROSS_BACKENDS, KERNELS)]
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py"))
+    return [
+        ["tests", *elsewhere, *[f"--ignore={x}" for i, x in enumerate(files) if i % parts != part]]
+        for part in range(parts)
+    ]
+
+
+def check(python, name, module, captured):
+    """Runs ruff or mypy on the checkout, and counts as one test."""
+    command = [python, "-m", *module]
+    result = execute(name, command, dict(os.environ), captured)
+    good = result["code"] == 0
+    return {**result, "passed": int(good), "failed": int(not good), "skipped": 0}
 
 
 def pytest(python, name, variables, paths, options, captured):
@@ -135,25 +168,28 @@ def pytest(python, name, variables, paths, options, captured):
     Returns:
         A dict with the counts "passed", "failed", "skipped", and "name", "code" and "seconds".
     """
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [python, "-m", "pytest", *paths, f"--junitxml={report}", *options]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=variables,
-            check=False,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if captured else None,
-            stderr=subprocess.STDOUT if captured else None,
-        )
-        counts = read_counts(report)
+        return {**execute(name, command, variables, captured), **read_counts(report)}
+
+
+def execute(name, command, variables, captured):
+    """Runs a command in the checkout; returns its "name", exit "code" and "seconds"."""
+    started = time.monotonic()
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=variables,
+        check=False,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if captured else None,
+        stderr=subprocess.STDOUT if captured else None,
+    )
     if captured:
-        print(f"\n##### {name}: pytest {' '.join([*paths, *options])}\n{done.stdout}", flush=True)
-    seconds = time.monotonic() - started
-    return {"name": name, "code": done.returncode, "seconds": seconds, **counts}
+        print(f"\n##### {name}: {' '.join(command[2:])}\n{done.stdout}", flush=True)
+    return {"name": name, "code": done.returncode, "seconds": time.monotonic() - started}
 
 
 def is_interpreted_on(path, backend):

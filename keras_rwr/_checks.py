@@ -109,7 +109,7 @@ def has_values(x: Any) -> bool:
         import jax
 
         return not isinstance(x, jax.core.Tracer)
-    return hasattr(x, "numpy")  # TensorFlow's symbols have no such method
+    return backend == "numpy" or hasattr(x, "numpy")  # TensorFlow's symbols have no such method
 
 
 def as_tensor(name: str, value: Any, kind: str = "float") -> Any:
@@ -128,8 +128,8 @@ def as_tensor(name: str, value: Any, kind: str = "float") -> Any:
             array = np.asarray(value)
         except ValueError as error:
             raise TypeError(f"`{name}` must be a tensor. Received: {name}={value!r}") from error
-        # Extension types such as bfloat16 are of kind "V".
-        is_number = array.dtype.kind in "fiub" or keras.backend.is_float_dtype(array.dtype.name)
+        # Extension types such as bfloat16 are of kind "V" and have no other sign.
+        is_number = array.dtype.kind in "fiub" or array.dtype.name.startswith(("bfloat", "float"))
         if value is None or not is_number:
             raise TypeError(
                 f"`{name}` must be a tensor. Received: {name}={value!r} of the type "

@@ -24,7 +24,14 @@ from keras_rwr._checks import compatible, is_tensor
 from keras_rwr._far import NEGATIVE, best_columns, block_rows
 from keras_rwr._local import attend_locally
 from keras_rwr._select import block_means
-from keras_rwr._tensors import head_major, key_bias, repeat_heads, softmax, unit
+from keras_rwr._tensors import (
+    head_major,
+    key_bias,
+    log_add,
+    repeat_heads,
+    softmax,
+    unit,
+)
 from keras_rwr._walk import backward_states, combine, walk_states
 from keras_rwr._weigh import ISOLATED, log_weight
 from keras_rwr.options import Call, Options, Tuning
@@ -410,7 +417,7 @@ def _step(
         queries = unit(columns(cache.graph_query, new_query))
         mirrored = _dots(heads.graph_key, queries)
         mirrored = log_weight(mirrored, in_window, options, heads.concentration)
-        weights = ops.logaddexp(weights, mirrored) - math.log(2.0)
+        weights = log_add(weights, mirrored) - math.log(2.0)
     bias = _column_bias(keys, inputs.discoverability)  # (B, G, 1, K)
     own_bias = bias[..., -1:]
     if options.edge_weight == "cosine":
@@ -425,7 +432,7 @@ def _step(
     states = [value]
     for t in range(options.steps):
         before = columns(cache.walks[..., t * size : (t + 1) * size], states[-1])
-        states.append(ops.matmul(transition, before))
+        states.append(transition @ before)
     rows["walks"] = ops.concatenate(states[: options.steps], axis=-1)
     backward = None
     if options.is_reciprocal:
@@ -441,7 +448,7 @@ def _step(
             logits = weights + ops.swapaxes(sums - degrees, -1, -2)
             row = repeat_heads(softmax(logits), sizes.walked)
             log_sum = own_bias + ops.logsumexp(logits, axis=-1, keepdims=True)
-            backward.append((ops.matmul(row, before), log_sum))
+            backward.append((row @ before, log_sum))
         log_sums = [log_degree, *(x for _, x in backward[1:-1])]
         rows["log_sums"] = ops.concatenate(log_sums, axis=-1)
         if options.steps > 1:
@@ -456,7 +463,7 @@ def _step(
         block = index // options.neighbor_block
         in_block = positions >= block * options.neighbor_block
         in_block = ops.cast(ops.logical_and(in_block, positions >= 0), dtype)
-        mean = ops.matmul(in_block, unit(keys)) / ops.sum(in_block, axis=-1, keepdims=True)
+        mean = (in_block @ unit(keys)) / ops.sum(in_block, axis=-1, keepdims=True)
         cache = dataclasses.replace(cache, means=_write(cache.means, mean, block))
     return output, cache
 
@@ -506,7 +513,7 @@ def _local_step(
     if heads.local_bias is not None:
         logits = logits + _column_bias(keys, discoverability)
     real = ops.concatenate([near.positions >= 0, ops.ones((1, 1, 1, 1), "bool")], axis=-1)
-    return ops.matmul(softmax(ops.where(real, logits, NEGATIVE)), values)
+    return softmax(ops.where(real, logits, NEGATIVE)) @ values
 
 
 def _choose(
@@ -588,4 +595,4 @@ def _write(x: Tensor, update: Tensor, index: Any) -> Tensor:
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    return ops.matmul(a, ops.swapaxes(b, -1, -2))
+    return a @ ops.swapaxes(b, -1, -2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import keras
 from keras import ops
 
-from keras_rwr._checks import check_choice
+from keras_rwr._checks import check_bool, check_choice
 from keras_rwr._tensors import contain
 from keras_rwr.options import IMPLEMENTATIONS, Call, Options, Tuning
 
@@ -54,7 +54,7 @@ class KernelCall:
     def of(cls, options: Options, call: Call, tuning: Tuning) -> Self:
         """Takes the fields from where they stand."""
         values = {**options.to_config(), **call.to_config(), **tuning.to_config()}
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
     @property
     def slots(self) -> int:
@@ -170,7 +170,7 @@ def explain(
     Args:
         query_shape: Tuple `(B, S, N, H)`; `None` for sizes that are unknown.
         value_shape: `None` for the shape of the query, or tuple `(B, S, M, V)`.
-        dtype: String. Defaults to Keras's `floatx`.
+        dtype: `None` for Keras's `floatx`, or the name of a float dtype.
         device: `None` for the active backend's, or `"cpu"`, `"gpu"`, `"tpu"`.
         is_causal: Bool. Whether the call is causal. Defaults to `False`.
         dropout: Float in [0, 1). Its dropout rate. Defaults to 0.
@@ -208,6 +208,10 @@ def explain(
         )
     if device is not None:
         check_choice("device", device, ("cpu", "gpu", "tpu"))
+    dtype = keras.backend.floatx() if dtype is None else dtype
+    check_choice("dtype", dtype, ("bfloat16", "float16", "float32", "float64"))
+    check_bool("has_graph", has_graph)
+    check_bool("has_segments", has_segments)
     value_shape = query_shape if value_shape is None else value_shape
     meaning, tuning = Options.pick(options), Tuning.pick(options)
     call = Call(is_causal, dropout)
@@ -215,7 +219,7 @@ def explain(
     spec = CallSpec(
         backend=keras.backend.backend(),
         device=current_device() if device is None else device,
-        dtype=keras.backend.floatx() if dtype is None else keras.backend.standardize_dtype(dtype),
+        dtype=dtype,
         query_shape=tuple(query_shape),
         value_size=value_shape[-1],
         config=KernelCall.of(meaning, call, tuning),

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_rwr._tensors import maximum
+
 Tensor = Any
 
 # Numbers gathered at once: a buffer that stays in a core's cache, whatever the length.
@@ -83,7 +85,7 @@ def far_max(values: Tensor, blocks: Tensor, block: int) -> Tensor:
         num_segments=batch * graphs * number,
     )
     received = ops.reshape(received, (batch, graphs, number * block, 1))
-    return ops.maximum(received[:, :, :size], NEGATIVE)
+    return maximum(received[:, :, :size], NEGATIVE)
 
 
 def block_rows(blocks: Tensor, x: Tensor, block: int) -> Tensor:

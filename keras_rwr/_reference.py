@@ -15,7 +15,13 @@ from keras import ops
 from keras_rwr._dropout import keep_mask
 from keras_rwr._far import NEGATIVE, best_columns
 from keras_rwr._select import select
-from keras_rwr._tensors import repeat_heads, scale_gradient, softmax
+from keras_rwr._tensors import (
+    log_add,
+    minimum,
+    repeat_heads,
+    scale_gradient,
+    softmax,
+)
 from keras_rwr._tokens import Tokens
 from keras_rwr._walk import mix_backward, weigh_states
 from keras_rwr._weigh import ISOLATED, log_weight
@@ -30,7 +36,7 @@ Tensor = Any
 def rwr_attention(heads: "Heads", options: Options, call: Call, seed: Tensor = None) -> Tensor:
     """`y = A V`, of shape `(B, N, S, V)`."""
     matrix = attention_matrix(heads, options, call, seed)
-    return ops.matmul(matrix, repeat_heads(heads.value, heads.query.shape[1]))
+    return matrix @ repeat_heads(heads.value, heads.query.shape[1])
 
 
 def attention_matrix(heads: "Heads", options: Options, call: Call, seed: Tensor = None) -> Tensor:
@@ -38,7 +44,7 @@ def attention_matrix(heads: "Heads", options: Options, call: Call, seed: Tensor 
     number, near = heads.query.shape[1], _near(heads.tokens, options.window)
     # q_i k_j / sqrt(H) + b_j
     key = repeat_heads(heads.key, number)
-    logits = ops.matmul(heads.query, _transpose(key)) / heads.query.shape[-1] ** 0.5
+    logits = (heads.query @ _transpose(key)) / heads.query.shape[-1] ** 0.5
     if heads.local_bias is not None:
         logits = logits + _transpose(heads.local_bias)
     if not options.walks:
@@ -71,7 +77,7 @@ def walk_matrices(heads: "Heads", options: Options, theta: Tensor = None) -> tup
     identity = ops.eye(ops.shape(transition)[-1], dtype=transition.dtype)
     powers = [identity + ops.zeros_like(transition)]  # P^t
     for _ in range(theta.shape[-1] - 1):
-        powers.append(ops.matmul(transition, powers[-1]))
+        powers.append(transition @ powers[-1])
     forward = weigh_states(powers, theta)
     if not options.is_reciprocal:
         return forward, forward
@@ -83,7 +89,7 @@ def walk_matrices(heads: "Heads", options: Options, theta: Tensor = None) -> tup
         rows, log_sum = walks[-1]
         logits = log_weights + _transpose(log_sum - log_degree)
         log_sum = bias + ops.logsumexp(logits, axis=-1, keepdims=True)
-        walks.append((ops.matmul(softmax(logits), rows), log_sum))
+        walks.append((softmax(logits) @ rows, log_sum))
     backward = mix_backward(walks, theta, options)
     beta = options.reciprocal_beta
     return forward, beta * forward + (1.0 - beta) * backward
@@ -98,7 +104,7 @@ def transition_matrix(heads: "Heads", options: Options) -> tuple[Tensor, Tensor,
     neighbors = select(heads.graph_query, heads.graph_key, heads.tokens, options)
     near = _near(heads.tokens, options.window, options.self_edges)
     edges = ops.logical_or(near, _chosen(neighbors, heads.tokens, options))
-    cosine = ops.matmul(heads.graph_query, _transpose(heads.graph_key))  # c_ij
+    cosine = heads.graph_query @ _transpose(heads.graph_key)  # c_ij
     bias = heads.graph_bias  # b_j
     if bias is None:
         bias = ops.zeros_like(heads.graph_key[..., :1])
@@ -109,14 +115,14 @@ def transition_matrix(heads: "Heads", options: Options) -> tuple[Tensor, Tensor,
         # W_ji of a local pair exists even where it would look ahead; S is then cut to the past.
         both = ops.logical_or(edges, _transpose(near))
         mirrored = _transpose(log_weight(cosine, both, options, kappa))
-        weights = ops.logaddexp(weights, mirrored) - math.log(2.0)
+        weights = log_add(weights, mirrored) - math.log(2.0)
         weights = ops.where(_in_past(heads.tokens), weights, NEGATIVE)
 
     log_degree = ops.logsumexp(weights + _transpose(bias), axis=-1, keepdims=True)
     if options.edge_weight == "cosine":
         isolated = log_degree <= math.log(ISOLATED)
         # The gradient counts a degree below 1 as 1; see `keras_rwr._weigh.normalize`.
-        weights = scale_gradient(weights, ops.exp(ops.minimum(log_degree, 0.0)))
+        weights = scale_gradient(weights, ops.exp(minimum(log_degree, 0.0)))
     else:
         isolated = log_degree <= 0.5 * NEGATIVE
     identity = ops.eye(ops.shape(weights)[-1], dtype="bool")
@@ -124,7 +130,7 @@ def transition_matrix(heads: "Heads", options: Options) -> tuple[Tensor, Tensor,
     weights = ops.where(isolated, alone, weights)  # log S_ij
     logits = weights + _transpose(bias)
     log_degree = ops.logsumexp(logits, axis=-1, keepdims=True)  # log D_i
-    return weights, log_degree, bias, ops.exp(logits - log_degree)
+    return weights, log_degree, bias, softmax(logits)
 
 
 def _matrices_of(graph: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_rwr._far import NEGATIVE, best_columns, map_chunks, to_blocks
+from keras_rwr._tensors import maximum
 from keras_rwr._tokens import PADDING, Tokens
 from keras_rwr.options import Options
 
@@ -45,7 +46,7 @@ def select(graph_query: Tensor, graph_key: Tensor, tokens: Tokens, options: Opti
 
     def choose(chunk: tuple[Tensor, ...]) -> Tensor:
         rows, position, label = chunk  # (B, G, R, F), (R, 1), (B or 1, 1, R, 1)
-        scores = ops.matmul(rows, ops.swapaxes(means, -1, -2))  # (B, G, R, J)
+        scores = rows @ ops.swapaxes(means, -1, -2)  # (B, G, R, J)
         candidate = first < position - window
         if not tokens.is_causal:
             candidate = ops.logical_or(candidate, last > position + window)
@@ -64,4 +65,4 @@ def block_means(key: Tensor, real: Tensor, block: int) -> Tensor:
     if block == 1:
         return key * real
     count = ops.sum(to_blocks(real, block), -2)
-    return ops.sum(to_blocks(key * real, block), -2) / ops.maximum(count, 1.0)
+    return ops.sum(to_blocks(key * real, block), -2) / maximum(count, 1.0)

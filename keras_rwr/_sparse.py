@@ -7,6 +7,7 @@ from typing import Any
 from keras import ops
 
 from keras_rwr._far import NEGATIVE, far_gather, far_max, far_scatter, far_sum
+from keras_rwr._tensors import maximum
 from keras_rwr._tiling import Tiling
 
 Tensor = Any
@@ -66,10 +67,10 @@ class SparseMatrix:
         """The largest entry of each row, `NEGATIVE` at least, as a vector."""
         largest = self.tiling.join(ops.amax(self.local, -1, keepdims=True))
         if self.far is not None:
-            largest = ops.maximum(largest, ops.amax(self.far, -1, keepdims=True))
+            largest = maximum(largest, ops.amax(self.far, -1, keepdims=True))
         if self.back is not None:
-            largest = ops.maximum(largest, far_max(self.back, self.neighbors, self.block))
-        return ops.maximum(largest, NEGATIVE)
+            largest = maximum(largest, far_max(self.back, self.neighbors, self.block))
+        return maximum(largest, NEGATIVE)
 
     def row_sum(self) -> Tensor:
         """The sum of each row, as a vector."""
@@ -82,7 +83,7 @@ class SparseMatrix:
 
     def matmul(self, x: Tensor) -> Tensor:
         """`sum_j matrix_ij x_j` of features x."""
-        product = self.tiling.join(ops.matmul(self.local, self.tiling.band(x)))
+        product = self.tiling.join(self.local @ self.tiling.band(x))
         if self.far is not None:
             product = product + self._gather_sum(self.far, x)
         if self.back is not None:
@@ -91,7 +92,7 @@ class SparseMatrix:
 
     def transposed_matmul(self, x: Tensor) -> Tensor:
         """`sum_i matrix_ij x_i` of features x."""
-        parts = ops.matmul(ops.swapaxes(self.local, -1, -2), self.tiling.split(x))
+        parts = ops.swapaxes(self.local, -1, -2) @ self.tiling.split(x)
         product = self.tiling.unband(parts)
         if self.far is not None:
             product = product + self._scatter(self.far, x)

@@ -35,6 +35,25 @@ def per_head(value: Any, dtype: str) -> Tensor:
     return ops.reshape(ops.cast(ops.convert_to_tensor(value), dtype), (-1, 1, 1))
 
 
+# On torch, Keras's functions of two tensors cast float64 to float32; operators and these do not.
+
+
+def maximum(x: Tensor, y: Any) -> Tensor:
+    """The larger of two, element by element."""
+    return ops.where(x > y, x, y)
+
+
+def minimum(x: Tensor, y: Any) -> Tensor:
+    """The smaller of two, element by element."""
+    return ops.where(x < y, x, y)
+
+
+def log_add(x: Tensor, y: Tensor) -> Tensor:
+    """`log(exp(x) + exp(y))`."""
+    peak = ops.stop_gradient(maximum(x, y))
+    return peak + ops.log(ops.exp(x - peak) + ops.exp(y - peak))
+
+
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """`x`, whose gradient is multiplied by a constant factor."""
     constant = ops.stop_gradient(x)
@@ -49,14 +68,14 @@ def unit(x: Tensor) -> Tensor:
     """
     # The largest entry goes first, so that no square leaves the range of the dtype.
     largest = ops.stop_gradient(ops.amax(ops.abs(x), axis=-1, keepdims=True))
-    largest = ops.maximum(largest, 1e-30)
+    largest = maximum(largest, 1e-30)
     scaled = x / largest
     squares = ops.sum(ops.square(scaled), axis=-1, keepdims=True)
     norm = ops.sqrt(ops.where(squares > 0, squares, 1.0))  # of what is scaled
     is_long = norm * largest > SMALLEST_NORM
     direction = ops.where(is_long, scaled / norm, scaled * (largest / SMALLEST_NORM))
-    length = ops.maximum(norm * largest, SMALLEST_NORM)
-    return scale_gradient(direction, ops.minimum(length / SMALLEST_NORM_OF_GRADIENTS, 1.0))
+    length = maximum(norm * largest, SMALLEST_NORM)
+    return scale_gradient(direction, minimum(length / SMALLEST_NORM_OF_GRADIENTS, 1.0))
 
 
 def softmax(logits: Tensor) -> Tensor:

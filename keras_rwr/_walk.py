@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_rwr._far import NEGATIVE
-from keras_rwr._tensors import repeat_heads
+from keras_rwr._tensors import minimum, repeat_heads
 from keras_rwr._weigh import SparseGraph, softmax_rows
 from keras_rwr.options import Options
 
@@ -135,7 +135,7 @@ def mix_backward(
     logits = ops.where(counts, log_sums + ops.log(ops.where(counts, size, 1.0)), NEGATIVE)
     peak = ops.stop_gradient(ops.amax(logits, axis=-1, keepdims=True))
     # A share of 0 has a gradient too, which may be large.
-    weights = shares * ops.exp(ops.minimum(log_sums - peak, _LARGEST_EXPONENT))
+    weights = shares * ops.exp(minimum(log_sums - peak, _LARGEST_EXPONENT))
     weights = weights / ops.sum(weights, axis=-1, keepdims=True)
     return mass * weigh_states([state for state, _ in states], weights)
 

@@ -21,7 +21,11 @@ from keras import ops
 
 from keras_rwr._far import NEGATIVE, far_dot, far_gather
 from keras_rwr._sparse import SparseMatrix
-from keras_rwr._tensors import scale_gradient
+from keras_rwr._tensors import (
+    log_add,
+    minimum,
+    scale_gradient,
+)
 from keras_rwr._tiling import Tiling
 from keras_rwr._tokens import Tokens
 from keras_rwr.options import Options
@@ -147,7 +151,7 @@ def link(
     near = tiling.local_mask(tokens, options.window, options.self_edges)
 
     def local(rows: Tensor, columns: Tensor) -> Tensor:
-        cosine = ops.matmul(tiling.split(rows), ops.swapaxes(tiling.band(columns), -1, -2))
+        cosine = tiling.split(rows) @ ops.swapaxes(tiling.band(columns), -1, -2)
         return log_weight(cosine, near, options, concentration[..., None])
 
     block, far = options.neighbor_block, None
@@ -188,7 +192,7 @@ def symmetrize(graph: SparseGraph) -> SparseGraph:
         options=graph.options.replace(reversible=True),
         log_weights=dataclasses.replace(
             weights,
-            local=ops.logaddexp(weights.local, graph.mirror()) - half,
+            local=log_add(weights.local, graph.mirror()) - half,
             far=far,
             back=None if graph.tokens.is_causal else far,
         ),
@@ -212,7 +216,7 @@ def normalize(graph: SparseGraph, bias: Tensor = None) -> SparseGraph:
     if graph.options.edge_weight == "cosine":
         log_degree = ops.stop_gradient(softmax_rows(weights, bias)[1])
         isolated = log_degree <= math.log(ISOLATED)
-        factor = weights.rows(ops.exp(ops.minimum(log_degree, 0.0)))
+        factor = weights.rows(ops.exp(minimum(log_degree, 0.0)))
         weights = weights.map(scale_gradient, factor)
     else:
         isolated = weights.row_max() <= _NO_EDGE

@@ -8,6 +8,7 @@ from keras.src.backend import any_symbolic_tensors
 
 from keras_rwr._attend import Heads, Inputs, attend, attention_matrix
 from keras_rwr._checks import as_tensor, check_per_head, check_shape, compatible, is_tensor
+from keras_rwr._tensors import maximum
 from keras_rwr._walk import apart, side_by_side
 from keras_rwr.graph import SparseGraph, check_fits, check_rows
 from keras_rwr.options import CONCENTRATION_RANGE, Call, Options, Tuning
@@ -15,6 +16,8 @@ from keras_rwr.options import CONCENTRATION_RANGE, Call, Options, Tuning
 __all__ = ["attention_scores", "rwr_attention", "token_importance"]
 
 Tensor = Any
+
+_TENSORS = Inputs.names()
 
 
 def rwr_attention(
@@ -259,7 +262,7 @@ def token_importance(
     transition = heads.transition(options, Tuning())
     graphs, number = transition.log_weights.local.shape[1], heads.query.shape[1]
     real = ops.cast(heads.tokens.real, heads.query.dtype)
-    start = real / ops.maximum(ops.sum(real, axis=2, keepdims=True), 1.0)  # (B or 1, 1, S, 1)
+    start = real / maximum(ops.sum(real, axis=2, keepdims=True), 1.0)  # (B or 1, 1, S, 1)
     start = heads.hop_weights * ops.broadcast_to(
         start, (ops.shape(query)[0], number, ops.shape(query)[1], 1)
     )  # (B, N, S, T + 1)
@@ -278,7 +281,7 @@ def token_importance(
 
 def _read(arguments: dict[str, Any]) -> tuple[Options, Call, dict[str, Any]]:
     """Checks the arguments of a call: its options, its facts, and its tensors by name."""
-    tensors: dict[str, Any] = {name: arguments.get(name) for name in Inputs.names()}
+    tensors: dict[str, Any] = {name: arguments.get(name) for name in _TENSORS}
     numbers = ("concentration", "lens_strength")
     if "lens_strength" not in arguments:
         tensors["lens_strength"] = 1.0
@@ -339,9 +342,11 @@ def _read_graph(tensors: dict[str, Any], options: Options, call: Call) -> Option
         options = options.replace(graph_heads=graphs)
     if graph is not None:
         check_fits(graph, query, kv_heads, options, call)
-        if tensors["discoverability"] is not None and graphs != graph.neighbors.shape[1]:
-            graphs = graph.neighbors.shape[1]
-    check_per_head("concentration", tensors["concentration"], graphs, *CONCENTRATION_RANGE)
+    kappa = tensors["concentration"]
+    # A graph brings its own concentration, of any number of heads.
+    if graph is None or not is_tensor(kappa):
+        number = graphs if graph is None else None
+        check_per_head("concentration", kappa, number, *CONCENTRATION_RANGE)
     check_per_head("lens_strength", tensors["lens_strength"], heads)
     for name in ("concentration", "lens_strength"):
         if is_tensor(tensors[name]):

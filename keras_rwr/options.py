@@ -22,7 +22,8 @@ class _Fields:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The names of all fields, in order."""
-        return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        # `torch.compile` does not see through `dataclasses.fields` of a class.
+        return tuple(cls.__dataclass_fields__)  # type: ignore[attr-defined]
 
     @classmethod
     def pick(cls, arguments: Mapping[str, Any]) -> Self:

@@ -212,7 +212,7 @@ def _sequence_totals(inputs: Inputs, options: Options, is_causal: bool) -> Total
 def full_attention(heads: Heads, number: int) -> Tensor:
     """`softmax_j(q_i k_j / sqrt(H))` over all keys, `(B, N, S, S)`; 0 in a row without a key."""
     key = repeat_heads(heads.key, number)
-    logits = ops.matmul(heads.query, ops.swapaxes(key, -1, -2)) / heads.query.shape[-1] ** 0.5
+    logits = (heads.query @ ops.swapaxes(key, -1, -2)) / heads.query.shape[-1] ** 0.5
     # A row without a key has no logit near its peak, so that all of its weights are 0.
     logits = ops.where(heads.tokens.pairs(), logits, -1e30)
     weights = ops.exp(logits - ops.maximum(ops.amax(logits, -1, keepdims=True), -1e20))

@@ -29,8 +29,6 @@ if keras.backend.backend() != "torch":
     collect_ignore += ["test_gpu_benchmark.py", "test_gpu_kernels.py", "test_machine_code.py"]
 if keras.backend.backend() != "jax":
     collect_ignore += ["test_gpu_pallas.py"]
-if keras.backend.backend() != "tensorflow":
-    collect_ignore += ["test_xla.py", "test_xla_training.py"]
 
 
 def pytest_report_header():

@@ -17,9 +17,34 @@ SIZES = {
 # Where a whole model is compiled.
 ONE_LAYER = {**SIZES, "num_layers": 1}
 # A window and neighbours that matter at this length.
-SMALL = {"window": 3, "topk": 4, "neighbor_block": 2}
+SMALL = {"window": 3, "topk": 4, "neighbor_block": 2, "steps": 2}
+# The ablation's steps at this size.
+STEPS = {
+    "R1": SMALL,
+    "R2": {**SMALL, "reversible": True},
+    "R3": {**SMALL, "reversible": True, "reciprocal_beta": 0.7, "use_discoverability": True},
+    "R4": {**SMALL, "edge_weight": "exponential"},
+    "R5": {
+        **SMALL,
+        "neighbor_block": 1,
+        "edge_weight": "exponential",
+        "graph_heads": 1,
+        "graph_dim": 5,
+        "self_edges": False,
+        "stopping": "gated",
+    },
+}
+# The weights that R5 adds to an attention layer.
+R5_WEIGHTS = (
+    "graph_convolution",
+    "graph_key",
+    "graph_query",
+    "hop_gate",
+    "hop_weights",
+    "log_concentration",
+)
 # The window holds everything and the walk is off: the stock model.
-PLAIN = {"window": LENGTH, "lens_strength": 0.0}
+PLAIN = {"window": LENGTH, "lens_strength": 0.0, "steps": 1}
 LENGTHS = np.array([LENGTH, 11, 4])
 MASK = (np.arange(LENGTH) < LENGTHS[:, None]).astype("int32")
 # XLA takes seconds for each function. TensorFlow can do without; jax cannot.
@@ -38,6 +63,11 @@ def make_batch(tokens=None):
     return {"token_ids": (make_tokens() if tokens is None else tokens) * MASK, "padding_mask": MASK}
 
 
+def walk_paths(names, layers=(0,)):
+    """The paths of the weights of the walk in some transformer layers."""
+    return {f"transformer_layer_{x}/self_attention/walk/{name}" for x in layers for name in names}
+
+
 def numpy(x):
     return ops.convert_to_numpy(x)
 
@@ -48,8 +78,8 @@ def randomize(model, seed=1):
     for weight in model.weights:
         if weight.name == "gamma":
             weight.assign(1.0 + 0.1 * rng.normal(size=weight.shape))
-        elif weight.name == "concentration":
-            weight.assign(rng.uniform(5.0, 25.0, weight.shape))
+        elif weight.name == "log_concentration":
+            weight.assign(rng.uniform(np.log(5.0), np.log(25.0), weight.shape))
         else:
             weight.assign(0.3 * rng.normal(size=weight.shape))
     return model

@@ -8,7 +8,7 @@ import pytest
 import test_decoding as decoding
 from helpers import ALL_CASES, SUM_CASES, TOLERANCES, assert_close, assert_gradients_close, run_case
 
-from keras_rwr.dispatch import current_device
+from keras_rwr._dispatch import current_device
 
 pytestmark = pytest.mark.gpu
 

@@ -2,21 +2,21 @@
 
 import helpers
 import numpy as np
+import oracle
 import pytest
 from helpers import (
-    ALL_CASES,
     TOLERANCES,
-    Case,
     assert_close,
     assert_gradients_close,
     attention,
     attention_gradients,
+    by_name,
     compiled,
     numpy,
 )
 from keras import ops
 
-from keras_rwr import blocks, graph
+from keras_rwr import _far, _select, graph
 from keras_rwr.ops import attention_scores, rwr_attention, token_importance
 
 BUILDING = (
@@ -25,31 +25,31 @@ BUILDING = (
     "neighbor_block",
     "threshold",
     "edge_weight",
+    "self_edges",
     "is_causal",
 )
-
-
-def by_name(name) -> Case:
-    (found,) = [case for case in ALL_CASES if case.name == name]
-    return found
 
 
 def build(case, **more):
     """(W, S, P) of a case."""
     inputs = case.inputs
     options = {key: value for key, value in case.options if key in BUILDING}
+    query, key = oracle.graph_vectors(
+        inputs.query, inputs.key, inputs.graph_query, inputs.graph_key
+    )
+    query, key = query.astype("float32"), key.astype("float32")
     weight = graph.build_sparse_w(
-        inputs.query,
-        inputs.key,
+        query,
+        key,
         concentration=inputs.concentration,
-        padding_mask=inputs.padding_mask,
+        **inputs.given("padding_mask", "segment_ids"),
         **options,
         **more,
     )
     symmetric = graph.reversible(weight) if case.oracle_options.reversible else weight
     bias = None
     if case.discoverability:
-        bias = np.einsum("bjnh,nh->bjn", inputs.key, inputs.discoverability).clip(-8, 8)
+        bias = np.einsum("bjgf,gf->bjg", key, inputs.discoverability).clip(-8, 8)
     return weight, symmetric, graph.normalize_to_p(symmetric, bias)
 
 
@@ -64,6 +64,17 @@ CASES = [
     "negative threshold",
     "no neighbours",
     "one token",
+    "R5 causal",
+    "R5 bidirectional",
+    "R5 segments",
+    "R5 one token",
+    "discoverable graph",
+    "grouped heads",
+    "no self edges reversible",
+    "isolated tokens",
+    "window 0 without self edges",
+    "extreme graph",
+    "extreme reversible",
 ]
 
 
@@ -132,57 +143,62 @@ def test_products_equal_the_dense_matrix(name):
         assert_close(numpy(transposed), backward, TOLERANCES["output"])
 
 
-@pytest.mark.parametrize("name", ["R3 causal", "padding holes", "R2 causal sixteens"])
+SHARED = ["R3 causal", "padding holes", "R2 causal sixteens", "R5 causal", "grouped heads"]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_one_graph_serves_several_calls(name):
     case = by_name(name)
-    inputs = case.inputs
-    options = dict(case.options)
+    inputs, options = case.inputs, dict(case.options)
     arguments = case.tensor_arguments()
-    walking = {key: value for key, value in arguments.items() if key != "lens_strength"}
+    own = {name: x for name, x in arguments.items() if name != "lens_strength"}
+    shared = {name: x for name, x in own.items() if not name.startswith("graph_")}
+    arguments = {name: x for name, x in arguments.items() if not name.startswith("graph_")}
     forward = {key: value for key, value in options.items() if key != "reciprocal_beta"}
 
-    def calls(query, key, value, *rest):
+    def calls(query, key, value, **rest):
         _, _, made = build(case)
         portable = attention(inputs, options, "portable", graph=made)
         dense = attention(inputs, options, "reference", graph=made)
         return {
-            "portable": portable(query, key, value, *rest),
-            "again": portable(query, key, 2.0 * value, *rest) / 2.0,
-            "reference": dense(query, key, value, *rest),
+            "portable": portable(query, key, value, **rest),
+            "again": portable(query, key, 2.0 * value, **rest) / 2.0,
+            "reference": dense(query, key, value, **rest),
             "scores": attention_scores(query, key, graph=made, **arguments, **options),
-            "shared": token_importance(query, key, graph=made, **walking, **forward),
-            "own": token_importance(query, key, **walking, **forward),
+            "shared": token_importance(query, key, graph=made, **shared, **forward),
+            "own": token_importance(query, key, **own, **forward),
         }
 
-    tensors = [ops.convert_to_tensor(array) for array in inputs.arrays().values()]
-    if not case.discoverability:
-        tensors[3] = ops.zeros_like(tensors[3])
-    found = {key: numpy(value) for key, value in compiled(calls)(*tensors).items()}
+    tensors = {name: ops.convert_to_tensor(array) for name, array in inputs.arrays().items()}
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("graph_")}
+    found = {key: numpy(value) for key, value in compiled(calls)(**tensors).items()}
     for which in ("portable", "again", "reference"):
         assert_close(found[which], case.expected, TOLERANCES["output"], which)
-    product = np.einsum("bnij,bjnh->binh", found["scores"], inputs.value)
+    value = oracle.repeat_heads(inputs.value, inputs.query.shape[2])
+    product = np.einsum("bnij,bjnh->binh", found["scores"], value)
     assert_close(product, case.expected, TOLERANCES["output"])
     assert_close(found["shared"], found["own"], TOLERANCES["output"])
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 64])
-def test_tiles_of_any_size_give_the_same_result(block_size):
-    case = by_name("R2 bidirectional")
+@pytest.mark.parametrize("name", ["R2 bidirectional", "R5 causal"])
+def test_tiles_of_any_size_give_the_same_result(name, block_size):
+    case = by_name(name)
     options = {**dict(case.options), "block_size": block_size}
-    tensors = [ops.convert_to_tensor(array) for array in case.inputs.arrays().values()]
-    tensors[3] = ops.zeros_like(tensors[3])
+    arrays = case.inputs.arrays().items()
+    tensors = {name: ops.convert_to_tensor(array) for name, array in arrays}
     run = compiled(attention(case.inputs, options, "portable"))
-    assert_close(numpy(run(*tensors)), case.expected, TOLERANCES["output"])
+    assert_close(numpy(run(**tensors)), case.expected, TOLERANCES["output"])
 
 
-@pytest.mark.parametrize("name", ["R3 causal", "padding holes reversible"])
+@pytest.mark.parametrize("name", ["R3 causal", "padding holes reversible", "R5 padding holes"])
 def test_chunks_of_queries_give_the_same_result(name, monkeypatch):
     # Long sequences are worked on in chunks. Chunks of a few queries show it on a short one.
-    monkeypatch.setattr(graph, "_SELECT_ROWS", 7)
-    monkeypatch.setattr(blocks, "_GATHERED", 500)
+    monkeypatch.setattr(_select, "_ROWS", 7)
+    monkeypatch.setattr(_far, "_GATHERED", 500)
     case = by_name(name)
     run = attention(case.inputs, dict(case.options), "portable")
-    output, gradients = attention_gradients(run, case.inputs, case.discoverability)
+    output, gradients = attention_gradients(run, case.inputs)
     assert_close(output, case.expected, TOLERANCES["output"])
     assert_gradients_close(gradients, case.expected_gradients[1])
 
@@ -227,7 +243,7 @@ def test_bad_graphs_are_refused():
     [
         ({"window": -1}, ValueError, "`window`.*Received: window=-1"),
         ({"topk": 24}, ValueError, "`topk`.*multiple.*Received: topk=24, neighbor_block=16"),
-        ({"concentration": 41.0}, ValueError, "`concentration`.*Received: concentration=41.0"),
+        ({"concentration": 65.0}, ValueError, "`concentration`.*Received: concentration=65.0"),
         ({"edge_weight": "dot"}, ValueError, "`edge_weight`.*Received: edge_weight='dot'"),
         (
             {"padding_mask": np.ones((2, 3), bool)},

@@ -22,8 +22,10 @@ with pytest.MonkeyPatch.context() as patch:
 ARGUMENTS = {
     **ONE_LAYER,
     **SMALL,
-    "implementation": "reference",  # the fewest operations to trace and compile
-    "edge_weight": "exponential",
+    # The fewest operations to trace and compile, and weights of the walk.
+    "implementation": "reference",
+    "steps": 1,
+    "topk": 0,
     "use_discoverability": True,
 }
 VOCABULARY = ["!", "a", "b", "Ġ", "Ġa", "Ġb", "ab", "Ġab", "<|endoftext|>"]

@@ -14,27 +14,29 @@ from gpt2_models import (
     ONE_LAYER,
     PLAIN,
     QUANTIZE,
+    R5_WEIGHTS,
     SIZES,
     SMALL,
+    STEPS,
     VOCABULARY,
     greedy,
     make_batch,
     make_tokens,
     numpy,
     randomize,
+    walk_paths,
 )
+from helpers import compiled
 from keras import ops
 
-from keras_rwr.layer import RWRAttention
-from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM, checkpointing
+from keras_rwr.layers import RWRAttention
+from keras_rwr.models import (
+    RWRGPT2Backbone,
+    RWRGPT2CausalLM,
+    checkpointing,
+    patch_gpt2_with_rwr,
+)
 from keras_rwr.models.gpt2_decoder import TransformerDecoder
-
-ABLATION = {
-    "R1": {},
-    "R2": {"reversible": True},
-    "R3": {"reversible": True, "reciprocal_beta": 0.7, "use_discoverability": True},
-    "R4": {"edge_weight": "exponential"},
-}
 
 
 def stock_backbone(**arguments):
@@ -79,35 +81,40 @@ def test_weights_have_the_stock_paths():
     stock, model = stock_backbone(), rwr_backbone()
     assert [w.path for w in model.weights] == [w.path for w in stock.weights]
     extras = {"edge_weight": "exponential", "use_discoverability": True, "trainable_lens": True}
-    more = {w.path for w in rwr_backbone(**extras).weights} - {w.path for w in stock.weights}
-    names = ("concentration", "discoverability", "lens_strength")
-    assert more == {f"transformer_layer_{i}/self_attention/{n}" for i in (0, 1) for n in names}
+    names = ("discoverability", "lens_strength", "log_concentration")
+    for options, expected in (
+        (extras, walk_paths(names, (0, 1))),
+        ({**STEPS["R5"], "rwr_layers": [1]}, walk_paths(R5_WEIGHTS, (1,))),
+    ):
+        paths = {weight.path for weight in rwr_backbone(**options).weights}
+        assert paths == {weight.path for weight in stock.weights} | expected
 
 
 def test_stock_weight_files_load_beside_extra_weights(tmp_path):
     stock = stock_backbone()
     stock.save_weights(tmp_path / "stock.weights.h5")
-    model = RWRGPT2Backbone(**SIZES, **SMALL, **ABLATION["R4"], use_discoverability=True)
+    model = RWRGPT2Backbone(**SIZES, **STEPS["R5"], use_discoverability=True)
+    before = {w.path: numpy(w) for w in model.weights}
     model.load_weights(tmp_path / "stock.weights.h5")
-    weights = {w.path: numpy(w) for w in model.weights}
-    for weight in stock.weights:
-        np.testing.assert_array_equal(weights.pop(weight.path), numpy(weight))
-    for path, value in weights.items():
-        assert (value == (20.0 if path.endswith("concentration") else 0.0)).all()
+    expected = {**before, **{w.path: numpy(w) for w in stock.weights}}
+    for weight in model.weights:
+        np.testing.assert_array_equal(numpy(weight), expected[weight.path])
 
 
 def test_from_backbone():
     stock = stock_backbone(dropout=0.2, dtype="mixed_bfloat16", name="mine")
-    model = RWRGPT2Backbone.from_backbone(stock, **SMALL, **ABLATION["R4"])
+    model = RWRGPT2Backbone.from_backbone(stock, **STEPS["R4"])
     assert (model.dropout, model.name) == (0.2, "mine")
     assert model.dtype_policy.name == "mixed_bfloat16"
     assert model.rwr_options["window"] == 3
     weights = {w.path: numpy(w) for w in model.weights}
     for weight in stock.weights:
         np.testing.assert_array_equal(weights[weight.path], numpy(weight))
-    # From one set of options to another.
+    # From one set of options to another, as far as there is a place for each weight.
     again = RWRGPT2Backbone.from_backbone(model, window=5)
     assert again.rwr_options == {**model.rwr_options, "window": 5}
+    with pytest.raises(ValueError, match=r"no weights but those of .*layer_1/self_attention/walk"):
+        RWRGPT2Backbone.from_backbone(model, rwr_layers=[0])
     with pytest.raises(TypeError, match="`backbone` must be a `keras_hub"):
         RWRGPT2Backbone.from_backbone(keras.Sequential())
     stock.enable_lora(2)
@@ -115,9 +122,26 @@ def test_from_backbone():
         RWRGPT2Backbone.from_backbone(stock)
 
 
-@pytest.mark.parametrize("step", ABLATION)
+def test_layers_that_do_not_walk_are_local_alone():
+    model = rwr_backbone(**STEPS["R5"], rwr_layers=[-1])
+    local, walking = (block._self_attention_layer for block in model.transformer_layers)
+    assert not local.options.walks
+    assert local.options.window == walking.options.window == 3
+    assert walking.options.stopping == "gated"
+    # Without any that walks, a token sees no further than its windows reach.
+    model = rwr_backbone(**STEPS["R5"], rwr_layers=())
+    assert model._rwr_weights() == []
+    tokens = make_tokens()
+    other = np.concatenate([make_tokens(6)[:, :2], tokens[:, 2:]], axis=1)
+    expected, output = (numpy(model(make_batch(x)))[0] for x in (tokens, other))
+    reach = 1 + 2 * 3
+    np.testing.assert_array_equal(output[reach + 1 :], expected[reach + 1 :])
+    assert (output[: reach + 1] != expected[: reach + 1]).any(-1).all()
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_the_model_is_causal_and_blind_to_padding(step):
-    model = rwr_backbone(**ABLATION[step])
+    model = rwr_backbone(**STEPS[step])
     tokens = make_tokens()
     expected = numpy(model(make_batch()))
     other = np.where(MASK > 0, tokens, make_tokens(5))
@@ -134,7 +158,7 @@ def test_the_model_is_causal_and_blind_to_padding(step):
 
 
 def test_fit_lowers_the_loss():
-    model = RWRGPT2CausalLM(RWRGPT2Backbone(**ONE_LAYER, **SMALL, **ABLATION["R3"]))
+    model = RWRGPT2CausalLM(RWRGPT2Backbone(**ONE_LAYER, **STEPS["R5"]))
     model.compile(
         keras.optimizers.Adam(3e-3),
         weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")],
@@ -157,8 +181,8 @@ def test_fit_lowers_the_loss():
 
 
 def test_mixed_precision():
-    exact = RWRGPT2Backbone(**ONE_LAYER, **SMALL, **ABLATION["R4"])
-    model = RWRGPT2Backbone(**ONE_LAYER, **SMALL, **ABLATION["R4"], dtype="mixed_bfloat16")
+    exact = RWRGPT2Backbone(**ONE_LAYER, **STEPS["R5"])
+    model = RWRGPT2Backbone(**ONE_LAYER, **STEPS["R5"], dtype="mixed_bfloat16")
     model.set_weights([numpy(weight) for weight in exact.weights])
     output = model(make_batch())
     assert keras.backend.standardize_dtype(output.dtype) == "bfloat16"
@@ -214,7 +238,7 @@ def test_int8(tmp_path):
     prompt = {"token_ids": make_tokens() * mask, "padding_mask": mask}
     tokens = model.generate(dict(prompt), stop_token_ids=None)["token_ids"]
     np.testing.assert_array_equal(tokens * mask, prompt["token_ids"])
-    np.testing.assert_array_equal(tokens, greedy(model, **prompt))
+    np.testing.assert_array_equal(tokens, greedy(model.predict_on_batch, **prompt))
 
 
 @pytest.fixture
@@ -230,10 +254,13 @@ def quick_compilation(monkeypatch):
         yield
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="fit is always compiled there")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("quick_compilation")
 def test_jit_compiled_training():
-    model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.0, **ABLATION["R4"]))
+    model = RWRGPT2CausalLM(
+        rwr_backbone(**{**STEPS["R4"], **ONE_LAYER}, implementation="reference", dropout=0.0)
+    )
     state = model.get_weights()
     losses, weights = [], []
     for jit_compile in (True, False):
@@ -258,7 +285,7 @@ def test_gradient_checkpointing(monkeypatch):
     for mode in (None, "full"):
         keras.utils.set_random_seed(1)
         with keras.RematScope(mode):
-            model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.3, **ABLATION["R4"]))
+            model = RWRGPT2CausalLM(rwr_backbone(num_layers=1, dropout=0.3, **STEPS["R4"]))
         model.compile(keras.optimizers.SGD(0.1), jit_compile=JIT_COMPILE)
         losses.append(fit(model, epochs=2))
         weights.append(model.get_weights())
@@ -270,17 +297,17 @@ def test_gradient_checkpointing(monkeypatch):
 
 
 def test_freezing_all_but_the_rwr_weights():
-    options = {**ABLATION["R4"], "trainable_lens": True, "implementation": "reference"}
+    options = {**STEPS["R5"], "implementation": "reference"}
     model = RWRGPT2CausalLM(rwr_backbone(**options, num_layers=1))
     model.backbone.freeze_stock_weights()
-    names = {f"transformer_layer_0/self_attention/{n}" for n in ("concentration", "lens_strength")}
+    names = walk_paths(R5_WEIGHTS)
     assert {weight.path for weight in model.trainable_weights} == names
     before = {weight.path: numpy(weight) for weight in model.weights}
     model.compile(keras.optimizers.Adam(1e-2), jit_compile=JIT_COMPILE)
     fit(model)
     changed = {w.path for w in model.weights if (numpy(w) != before[w.path]).any()}
     assert changed == names
-    with pytest.raises(ValueError, match=r"use `use_discoverability=True`, .* Received: rwr_opt"):
+    with pytest.raises(ValueError, match=r"use an option that adds some, .* Received: rwr_opt"):
         rwr_backbone().freeze_stock_weights()
 
 
@@ -291,8 +318,12 @@ PROMPT_MASK = (np.arange(LENGTH) < np.array([[5], [3], [9]])).astype("int32")
 
 
 def test_greedy_generation_is_the_argmax_of_the_full_forward_pass():
-    model = RWRGPT2CausalLM(rwr_backbone(**ABLATION["R3"], **ABLATION["R4"]))
-    model.compile(sampler="greedy")
+    # A step in each layer.
+    sizes = {**SIZES, "num_layers": len(STEPS)}
+    model = keras_hub.models.GPT2CausalLM(keras_hub.models.GPT2Backbone(**sizes))
+    for layer, options in enumerate(STEPS.values()):
+        patch_gpt2_with_rwr(model, layers=[layer], **options)
+    randomize(model, 2).compile(sampler="greedy")
     prompt = make_tokens() * PROMPT_MASK
     output = model.generate({"token_ids": prompt, "padding_mask": PROMPT_MASK}, stop_token_ids=None)
     expected = greedy(model, prompt, PROMPT_MASK)
@@ -301,10 +332,26 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_pass():
     assert len(np.unique(expected[PROMPT_MASK == 0])) > 3
 
 
+class FullPasses(RWRGPT2CausalLM):
+    """Generates by a forward pass over all tokens for each token; its cache are the tokens."""
+
+    def empty_cache(self, batch_size, length):
+        return (ops.zeros((batch_size, length), dtype="int32"),)
+
+    def call_with_cache(self, token_ids, cache, cache_update_index):
+        start = (0, cache_update_index)
+        tokens = ops.slice_update(cache[0], start, ops.cast(token_ids, "int32"))
+        hidden_states = self.backbone({"token_ids": tokens, "padding_mask": ops.ones_like(tokens)})
+        new = (*ops.shape(token_ids), SIZES["hidden_dim"])
+        hidden_states = ops.slice(hidden_states, (*start, 0), new)
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        return logits, hidden_states, (tokens,)
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
-        keras_hub.samplers.GreedySampler(),
+        keras_hub.samplers.RandomSampler(seed=3),
         keras_hub.samplers.TopKSampler(k=5, seed=3),
         keras_hub.samplers.TopPSampler(p=0.7, k=9, seed=3),
         keras_hub.samplers.BeamSampler(num_beams=2),
@@ -312,12 +359,12 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_pass():
     ],
     ids=lambda sampler: type(sampler).__name__,
 )
-def test_generation_as_the_stock_model(sampler):
-    stock = keras_hub.models.GPT2CausalLM(stock_backbone(num_layers=1))
-    model = RWRGPT2CausalLM(RWRGPT2Backbone.from_backbone(stock.backbone, **PLAIN))
+def test_samplers_generate_what_full_passes_give(sampler):
+    backbone = rwr_backbone(**{**STEPS["R5"], **ONE_LAYER})
     prompt = {"token_ids": make_tokens() * PROMPT_MASK, "padding_mask": PROMPT_MASK}
     outputs = []
-    for task in (stock, model):
+    for cls in (RWRGPT2CausalLM, FullPasses):
+        task = cls(backbone)
         task.compile(sampler=type(sampler).from_config(sampler.get_config()))
         outputs.append(task.generate(dict(prompt), stop_token_ids=(7,)))
     for name in ("token_ids", "padding_mask"):
@@ -325,12 +372,13 @@ def test_generation_as_the_stock_model(sampler):
 
 
 def test_cached_logits_are_those_of_the_full_forward_pass():
-    model = RWRGPT2CausalLM(rwr_backbone(**ABLATION["R3"], num_layers=1))
+    model = RWRGPT2CausalLM(rwr_backbone(**STEPS["R5"], num_layers=1))
     tokens = make_tokens()
     expected = numpy(model({"token_ids": tokens, "padding_mask": np.ones_like(tokens)}))
     cache = model.empty_cache(BATCH, LENGTH)
-    for start, stop in ((0, 6), (6, 8), (8, 9)):
-        logits, hidden, cache = model.call_with_cache(tokens[:, start:stop], cache, start)
+    for start, stop in ((0, 6), (6, 8)):
+        call = compiled(functools.partial(model.call_with_cache, cache_update_index=start))
+        logits, hidden, cache = call(ops.convert_to_tensor(tokens[:, start:stop]), cache)
         assert_same(logits, expected[:, start:stop])
         assert tuple(hidden.shape) == (BATCH, stop - start, SIZES["hidden_dim"])
 
@@ -369,8 +417,8 @@ def test_caches_of_other_models_are_refused():
             model.call_with_cache(token, cache, 3)
     with pytest.raises(ValueError, match=r"`cache\[0\]` must be a dict for a block of the class"):
         model.call_with_cache(token, (stock, stock), 3)
-    fewer = RWRGPT2CausalLM(rwr_backbone(steps=2)).empty_cache(1, LENGTH)
-    with pytest.raises(ValueError, match=r"`cache` must be made by .* with the same options"):
+    fewer = RWRGPT2CausalLM(rwr_backbone(steps=1)).empty_cache(1, LENGTH)
+    with pytest.raises(ValueError, match=r"`cache` must be made by .* with tensors of the shapes"):
         model.call_with_cache(token, fewer, 3)
     decoder = model.backbone.transformer_layers[0]
     x = np.zeros((1, 1, 12), "float32")
@@ -389,10 +437,9 @@ def test_score_is_the_forward_pass():
 # --- saving and arguments ------------------------------------------------------------------------
 
 OPTION_SETS = [
-    {},
     {
         "alpha": 0.35,
-        "steps": 2,
+        "steps": 3,
         "threshold": -0.1,
         "edge_weight": "exponential",
         "concentration": [2.0, 3.0],
@@ -406,20 +453,23 @@ OPTION_SETS = [
         "implementation": "portable",
         "dropout": 0.2,
     },
+    {**STEPS["R5"], "rwr_layers": [1], "use_discoverability": True},
 ]
 
 
-@pytest.mark.parametrize("options", OPTION_SETS, ids=["default", "many"])
+@pytest.mark.parametrize("options", OPTION_SETS, ids=["many", "R5"])
 def test_config_and_file_round_trip(tmp_path, options):
     backbone = rwr_backbone(**options)
     for name, value in {**SIZES, **SMALL, **options}.items():
         assert backbone.get_config()[name] == value
     again = RWRGPT2Backbone.from_config(backbone.get_config())
     assert again.get_config() == backbone.get_config()
-    attention = again.transformer_layers[0]._self_attention_layer
+    assert type(again.get_config()["rwr_layers"]) in (list, type(None))
+    attention = again.transformer_layers[1]._self_attention_layer
     assert isinstance(attention, RWRAttention)
+    config = {**attention.get_config(), "rwr_layers": again.rwr_options["rwr_layers"]}
     for name, value in {**SMALL, **options}.items():
-        assert attention.get_config()[name] == value
+        assert config[name] == value
 
     expected = numpy(backbone(make_batch()))
     backbone.save(tmp_path / "backbone.keras")
@@ -442,6 +492,29 @@ def test_stock_presets_stay_stock(tmp_path):
         task = base.from_preset(str(tmp_path / "stock"), preprocessor=None)
         assert type(task) is keras_hub.models.GPT2CausalLM
         assert type(task.backbone) is keras_hub.models.GPT2Backbone
+
+
+def test_layouts_of_the_weights_of_the_walk():
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
+    layout_map = RWRGPT2Backbone.get_layout_map(mesh)
+    options = {**STEPS["R5"], "use_discoverability": True}
+    backbone = RWRGPT2Backbone(**ONE_LAYER, **options)
+    layouts = {w.path: layout_map[w.path] for w in backbone.weights}
+    lens = "transformer_layer_0/self_attention/walk/lens_strength"
+    layouts[lens] = layout_map[lens]
+    # What has an axis of heads is divided by heads, what has one of graphs is not.
+    axes = {
+        "discoverability": None,
+        "graph_convolution": None,
+        "graph_key": ("batch", None, None),
+        "graph_query": ("batch", None, None),
+        "hop_gate": ("batch", "model", None),
+        "hop_weights": ("model", None),
+        "lens_strength": ("model",),
+        "log_concentration": None,
+    }
+    walk = {path.split("/")[-1]: x for path, x in layouts.items() if "/walk/" in path}
+    assert {name: x and tuple(x.axes) for name, x in walk.items()} == axes
 
 
 def test_decoder_round_trip():
@@ -473,10 +546,15 @@ def test_decoder_round_trip():
         ({"neighbor_block": 8, "topk": 8}, ValueError, r"`neighbor_block` must be at most"),
         ({"alpha": 0.0}, ValueError, "Received: alpha=0.0"),
         ({"concentration": 0.5}, ValueError, "`concentration` must be in"),
-        ({"lens_strength": [0.1]}, ValueError, "`lens_strength` must have one value a head"),
+        ({"lens_strength": [0.1]}, ValueError, "`lens_strength` must be .* one number a head, 2"),
         ({"implementation": "cuda"}, ValueError, "`implementation` must be"),
         ({"num_heads": 5}, ValueError, "`hidden_dim` must be a multiple of `num_heads`. Received"),
-        ({"windows": 3}, TypeError, "windows"),
+        ({"windows": 3}, TypeError, "`windows` is no argument here. Did you mean `window`.*=3"),
+        ({"max_seq_length": 9}, TypeError, "Did you mean `max_sequence_length`"),
+        ({"rwr_layers": 1}, TypeError, "`rwr_layers` must be `None` or a list of ints"),
+        ({"rwr_layers": [0, -2]}, ValueError, "`rwr_layers` must be different layers of 2"),
+        ({"rwr_layers": [2]}, ValueError, r"Received: rwr_layers=\[2\]"),
+        ({"stopping": "gated", "alpha": 0.5}, ValueError, "`alpha` must be left at its default"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

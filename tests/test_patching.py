@@ -11,13 +11,16 @@ from gpt2_models import (
     ONE_LAYER,
     PLAIN,
     QUANTIZE,
+    R5_WEIGHTS,
     SIZES,
     SMALL,
+    STEPS,
     greedy,
     make_batch,
     make_tokens,
     numpy,
     randomize,
+    walk_paths,
 )
 
 from keras_rwr.models import (
@@ -58,10 +61,9 @@ def test_a_trained_task_patched_trained_on_and_undone():
     weights, optimizer = task.weights, task.optimizer
     state = {variable.path: numpy(variable) for variable in optimizer.variables}
 
-    assert patch_gpt2_with_rwr(task, layers=[-1], **SMALL, **EXTRAS) is task
+    assert patch_gpt2_with_rwr(task, layers=[-1], **STEPS["R5"]) is task
     paths = {weight.path for weight in task.weights} - {weight.path for weight in weights}
-    names = ("concentration", "discoverability", "lens_strength")
-    assert paths == {f"transformer_layer_1/self_attention/{name}" for name in names}
+    assert paths == walk_paths(R5_WEIGHTS, (1,))
     kept = {id(weight) for weight in task.trainable_weights}
     assert {id(weight) for weight in weights} < kept
     assert task.optimizer is optimizer
@@ -88,7 +90,7 @@ def test_a_trained_task_patched_trained_on_and_undone():
     np.testing.assert_allclose(predict(task), numpy(fresh(make_batch())), rtol=0, atol=1e-5)
     assert task.generate.__func__ is type(task).generate
     assert not {"generate_step", "call_with_cache", "_build_cache"} & vars(task).keys()
-    fit(task)
+    assert len(optimizer.variables) == len(state)
 
 
 def test_a_patched_backbone_is_the_converted_one():
@@ -99,7 +101,7 @@ def test_a_patched_backbone_is_the_converted_one():
     np.testing.assert_array_equal(numpy(task(make_batch())), numpy(converted(make_batch())))
     assert [weight.path for weight in task.weights] == [w.path for w in converted.weights]
     assert isinstance(task.call_with_cache.__self__, type(task))
-    assert task._build_cache(make_tokens())[1][0].keys() == {"rows", "means"}
+    assert task._build_cache(make_tokens())[1][0].keys() == {"key", "walks", "means"}
     # Its options come along, and weights files go both ways.
     randomize(task.backbone, seed=5)
     again = RWRGPT2Backbone.from_backbone(task.backbone)
@@ -108,6 +110,21 @@ def test_a_patched_backbone_is_the_converted_one():
     assert {type(x).__module__ for x in stock_task().backbone.transformer_layers} == {
         "keras_hub.src.layers.modeling.transformer_decoder"
     }
+
+
+def test_patched_layers_that_do_not_walk_are_converted():
+    backbone = keras_hub.models.GPT2Backbone(**SIZES)
+    patch_gpt2_with_rwr(backbone, layers=[1], **STEPS["R5"])
+    with pytest.raises(ValueError, match=r"in all layers or in none, .* `unpatch_gpt2` first"):
+        RWRGPT2Backbone.from_backbone(backbone)
+    patch_gpt2_with_rwr(backbone, layers=[0], window=3, topk=0, steps=0, lens_strength=0.0)
+    converted = RWRGPT2Backbone.from_backbone(randomize(backbone))
+    assert converted.rwr_options["rwr_layers"] == [1]
+    np.testing.assert_array_equal(numpy(converted(make_batch())), numpy(backbone(make_batch())))
+    patch_gpt2_with_rwr(unpatch_gpt2(backbone), layers=[0], **STEPS["R5"])
+    patch_gpt2_with_rwr(backbone, layers=[1], **STEPS["R4"])
+    with pytest.raises(ValueError, match="with the same options in all that are not LOCAL alone"):
+        RWRGPT2Backbone.from_backbone(backbone)
 
 
 def test_what_survives_saving(tmp_path):
@@ -202,14 +219,15 @@ def half_patched():
         ({"layers": [-1]}, ValueError, r"layers=\[-1\], patched already: \[1\]"),
         ({"layers": [2]}, ValueError, r"different layers of 2, numbered .* layers=\[2\]"),
         ({"layers": []}, ValueError, r"`layers` must be one or more .* layers=\[\]"),
-        ({"layers": [0, -2]}, ValueError, r"`layers` must be one or more different"),
+        ({"layers": [0, -2]}, ValueError, r"`layers` must be different layers of 2"),
         ({"layers": 0}, TypeError, "`layers` must be `None` or a list of ints. Received: layers=0"),
         ({"layers": [True]}, TypeError, "`layers` must be `None` or a list of ints"),
-        ({"layers": [0], "windows": 3}, TypeError, "RWR options must be among .*: windows"),
-        ({"layers": [0], "num_heads": 3}, TypeError, "RWR options must be among .*: num_heads"),
+        ({"layers": [0], "windows": 3}, TypeError, "Did you mean `window`.* Received: windows=3"),
+        ({"layers": [0], "num_heads": 3}, TypeError, "`num_heads` is no argument here"),
+        ({"rwr_layers": [0]}, TypeError, "Did you mean `layers`"),
         ({"layers": [0], "alpha": 0.0}, ValueError, "Received: alpha=0.0"),
         ({"layers": [0], "topk": 20, "neighbor_block": 1, "window": 3}, ValueError, "topk=20"),
-        ({"layers": [0], "lens_strength": [1.0]}, ValueError, "must have one value a head"),
+        ({"layers": [0], "lens_strength": [1.0]}, ValueError, "one number a head, 2 of"),
     ],
 )
 def test_bad_arguments(half_patched, arguments, error, message):
@@ -229,5 +247,3 @@ def test_bad_models(half_patched):
             patch_gpt2_with_rwr(model)
     with pytest.raises(ValueError, match=r"must have layers patched by .* with none"):
         unpatch_gpt2(keras_hub.models.GPT2Backbone(**ONE_LAYER))
-    with pytest.raises(ValueError, match=r"same options in all layers or in none: call `unpatch"):
-        RWRGPT2Backbone.from_backbone(half_patched)

@@ -7,7 +7,18 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from gpt2_models import LENGTH, ONE_LAYER, PLAIN, QUANTIZE, SMALL, make_batch, numpy, randomize
+from gpt2_models import (
+    LENGTH,
+    ONE_LAYER,
+    PLAIN,
+    QUANTIZE,
+    SIZES,
+    SMALL,
+    STEPS,
+    make_batch,
+    numpy,
+    randomize,
+)
 
 from keras_rwr.models import (
     RWRGPT2Backbone,
@@ -17,7 +28,7 @@ from keras_rwr.models import (
     RWRGPT2Tokenizer,
 )
 
-OPTIONS = {**SMALL, "edge_weight": "exponential", "use_discoverability": True}
+OPTIONS = {**STEPS["R5"], "use_discoverability": True}
 OURS = {
     keras_hub.models.Backbone: RWRGPT2Backbone,
     keras_hub.models.GPT2Backbone: RWRGPT2Backbone,
@@ -88,7 +99,7 @@ def test_a_stock_preset_is_converted(stock, stock_preset):
 
     backbone = RWRGPT2Backbone.from_preset(stock_preset, dtype="mixed_bfloat16", **OPTIONS)
     assert backbone.dtype_policy.name == "mixed_bfloat16"
-    assert backbone.rwr_options["edge_weight"] == "exponential"
+    assert backbone.rwr_options["stopping"] == "gated"
     weights = {weight.path: weight for weight in backbone.weights}
     for weight in stock.backbone.weights:
         np.testing.assert_array_equal(numpy(weights[weight.path]), numpy(weight))
@@ -115,6 +126,20 @@ def test_conversion_leaves_one_copy(stock_preset, monkeypatch):
     assert [reference() for reference in stock] == [None, None]
 
 
+def test_layers_that_walk(tmp_path):
+    stock = keras_hub.models.GPT2Backbone(**SIZES)
+    stock.save_to_preset(tmp_path / "stock")
+    backbone = RWRGPT2Backbone.from_preset(str(tmp_path / "stock"), rwr_layers=[-1], **OPTIONS)
+    assert backbone.rwr_options["rwr_layers"] == [1]
+    randomize(backbone).save_to_preset(tmp_path / "own")
+    loaded = RWRGPT2Backbone.from_preset(str(tmp_path / "own"), rwr_layers=(1,))
+    assert loaded.rwr_options == backbone.rwr_options
+    assert_same_weights(loaded, backbone)
+    np.testing.assert_array_equal(numpy(loaded(make_batch())), numpy(backbone(make_batch())))
+    with pytest.raises(ValueError, match=r"saved with, rwr_layers=\[1\]. To .*rwr_layers=\[0\]"):
+        RWRGPT2Backbone.from_preset(str(tmp_path / "own"), rwr_layers=[0])
+
+
 def test_without_weights(stock, stock_preset):
     for cls in (RWRGPT2Backbone, RWRGPT2CausalLM):
         model = cls.from_preset(stock_preset, load_weights=False)
@@ -130,7 +155,8 @@ def test_an_own_preset_loads_as_saved(own, own_preset):
         assert task.backbone.rwr_options == own.backbone.rwr_options
         assert_same_weights(task, own)
         assert task.preprocessor.tokenizer.detokenize(task.preprocessor.tokenizer(TEXT)) == TEXT
-    backbone = RWRGPT2Backbone.from_preset(own_preset, window=3, dtype="bfloat16")
+    backbone = RWRGPT2Backbone.from_preset(own_preset, window=3, dtype="bfloat16", trainable=False)
+    assert not backbone.trainable_weights
     assert backbone.dtype_policy.name == "bfloat16"
     task = RWRGPT2CausalLM.from_preset(own_preset, preprocessor=None, dtype="mixed_bfloat16")
     assert task.preprocessor is None
@@ -234,11 +260,26 @@ def test_bad_presets(cls, own_preset, tmp_path):
         cls.from_preset(own_preset, window=5, topk=4)
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "meant"),
+    [
+        (RWRGPT2Backbone, "windows", "window"),
+        (RWRGPT2Backbone, "max_length", "max_sequence_length"),
+        (RWRGPT2CausalLM, "rwr_layer", "rwr_layers"),
+        (RWRGPT2CausalLM, "preprocesor", "preprocessor"),
+    ],
+)
+def test_misspelt_arguments(cls, name, meant, own_preset, stock_preset):
+    for preset in (own_preset, stock_preset):
+        with pytest.raises(TypeError, match=f"`{name}` is no argument .*`{meant}`.* Rec.*{name}=3"):
+            cls.from_preset(preset, **{name: 3})
+
+
 def test_options_that_do_not_fit_the_context(stock_preset):
     with pytest.raises(ValueError, match=r"`topk` must be at most .* max_sequence_length=19"):
         RWRGPT2Backbone.from_preset(stock_preset, window=3, topk=20, neighbor_block=4)
     assert RWRGPT2Backbone.from_preset(stock_preset, window=LENGTH - 1, topk=64)
-    with pytest.raises(ValueError, match="`lens_strength` must have one value a head"):
+    with pytest.raises(ValueError, match="`lens_strength` must be a number or one number a head"):
         RWRGPT2Backbone.from_preset(stock_preset, lens_strength=[0.1])
 
 
@@ -247,8 +288,9 @@ def test_weights_with_other_options_are_refused(stock, own, tmp_path):
     same = RWRGPT2Backbone.from_config(own.backbone.get_config())
     same.load_weights(tmp_path / "own.weights.h5")
     assert_same_weights(same, own.backbone)
-    other = RWRGPT2Backbone(**ONE_LAYER, **SMALL, edge_weight="exponential")
-    with pytest.raises(ValueError, match=r"Check that `use_discoverability`, `edge_weight` and"):
+    other = RWRGPT2Backbone(**ONE_LAYER, **STEPS["R5"])
+    with pytest.raises(ValueError, match=r"options must be those of the saved layer. Received: \["):
         other.load_weights(tmp_path / "own.weights.h5")
-    with pytest.raises(ValueError, match=r"expected 0 variables, but received 2 variables"):
-        keras_hub.models.GPT2Backbone(**ONE_LAYER).load_weights(tmp_path / "own.weights.h5")
+    fewer = RWRGPT2Backbone(**ONE_LAYER, **SMALL)
+    with pytest.raises(ValueError, match=r"options must be those of the saved layer. Received: \["):
+        fewer.load_weights(tmp_path / "own.weights.h5")

@@ -6,8 +6,8 @@ import pytest
 from helpers import TOLERANCES, assert_close, compiled, numpy
 from keras import ops
 
-from keras_rwr import sharding
-from keras_rwr.dropout import keep_mask
+from keras_rwr import _sharding as sharding
+from keras_rwr._dropout import keep_mask
 from keras_rwr.models import RWRGPT2Backbone
 from keras_rwr.ops import rwr_attention
 
@@ -72,9 +72,9 @@ def test_layout_map_divides_heads_and_hidden_units(mesh):
                 if axis is not None:
                     divided[axis].append(size)
     assert set(divided["batch"]) == {15}
-    # Three kernels with biases and two of LoRA's, the output's, and three weights of the walk; two
-    # kernels and a bias.
-    assert sorted(divided["model"]) == 12 * [3] + 3 * [7]
+    # Three kernels with biases and two of LoRA's, the output's, and `lens_strength`; two kernels and
+    # a bias.
+    assert sorted(divided["model"]) == 10 * [3] + 3 * [7]
     assert len(divided["batch"]) == 2 + 6 + 2
 
 

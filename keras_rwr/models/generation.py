@@ -1,33 +1,43 @@
 """Generation with the walk cache, for KerasHub's GPT-2 task."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_rwr.decoding import WalkCache
+from keras_rwr._decoding import WalkCache
 from keras_rwr.models.gpt2_decoder import TransformerDecoder
+
+Tensor = Any
 
 
 class WalkCacheGeneration:
     """Cached generation for a `GPT2CausalLM` whose decoder blocks may have RWR attention.
 
-    The cache is a tuple with one entry a block: the tensors of a `keras_rwr.decoding.WalkCache` by
+    The cache is a tuple with one entry a block: the tensors of a `WalkCache` by
     name, or for a stock block KerasHub's tensor `(B, 2, S, N, H)`. KerasHub's samplers carry it
     through their loops.
     """
 
-    def make_generate_function(self):
+    backbone: Any
+    compute_dtype: Any
+
+    def make_generate_function(self) -> Callable:
         """Creates or returns the compiled generation function, which checks its prompts."""
         # Named, not `super()`: patching binds these methods to stock tasks.
         generate_function = keras_hub.models.GPT2CausalLM.make_generate_function(self)
 
-        def checked_generate_function(inputs, stop_token_ids=None):
+        def checked_generate_function(inputs: Any, stop_token_ids: Any = None) -> Any:
             check_prompts(inputs["padding_mask"])
             return generate_function(inputs, stop_token_ids=stop_token_ids)
 
         return checked_generate_function
 
-    def call_with_cache(self, token_ids, cache, cache_update_index):
+    def call_with_cache(
+        self, token_ids: Tensor, cache: tuple, cache_update_index: Any
+    ) -> tuple[Tensor, Tensor, tuple]:
         """Forward pass of new tokens, given the cache of the tokens before them.
 
         Args:
@@ -63,7 +73,7 @@ class WalkCacheGeneration:
         logits = self.backbone.token_embedding(hidden_states, reverse=True)
         return logits, hidden_states, tuple(updated)
 
-    def empty_cache(self, batch_size, length):
+    def empty_cache(self, batch_size: Any, length: int) -> tuple:
         """A cache without tokens.
 
         Args:
@@ -83,13 +93,13 @@ class WalkCacheGeneration:
                 cache.append(ops.zeros(shape, dtype=self.compute_dtype))
         return tuple(cache)
 
-    def _build_cache(self, token_ids):
+    def _build_cache(self, token_ids: Tensor) -> tuple[Tensor, tuple]:
         cache = self.empty_cache(*ops.shape(token_ids))
         _, hidden_states, cache = self.call_with_cache(token_ids, cache, 0)
         return hidden_states, cache
 
 
-def check_prompts(padding_mask):
+def check_prompts(padding_mask: Tensor) -> None:
     """Checks that each row is a prompt of at least one token with padding behind it."""
     mask = ops.convert_to_numpy(padding_mask).astype("bool")
     if not (mask[:, 0].all() and (np.diff(mask.astype("int32"), axis=-1) <= 0).all()):
@@ -99,7 +109,7 @@ def check_prompts(padding_mask):
         )
 
 
-def _check_cache(cache, blocks):
+def _check_cache(cache: Any, blocks: Any) -> None:
     """Checks that there is one entry for each block and that it is of the block's kind."""
     if not isinstance(cache, tuple) or len(cache) != len(blocks):
         received = f"a tuple of {len(cache)}" if isinstance(cache, tuple) else type(cache).__name__

@@ -1,6 +1,7 @@
 """GPT-2 with RWR attention as a language model."""
 
 import gc
+from typing import Any, Self
 
 import keras
 import keras_hub
@@ -19,7 +20,7 @@ class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
     Everything but the backbone and the cache of `generate` is KerasHub's: the preprocessor and the
     tokenizer, `compile`, `fit`, `generate` and `score`. A new token takes work in each layer that
     does not depend on the tokens before it, besides one score for each block of
-    `neighbor_block` of them; see `keras_rwr.decoding`.
+    `neighbor_block` of them; see `RWRAttention.empty_cache`.
 
     The weights of a stock task come with `from_preset`, or with its backbone, by
     `RWRGPT2Backbone.from_backbone` or `backbone.load_weights`: Keras's file of a whole task names
@@ -55,16 +56,16 @@ class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
     stock_cls = keras_hub.models.GPT2CausalLM
     presets = conversion.StockPresets()
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(self, backbone: RWRGPT2Backbone, preprocessor: Any = None, **kwargs: Any):
         if not isinstance(backbone, RWRGPT2Backbone):
             raise TypeError(
                 f"`backbone` must be a `RWRGPT2Backbone`. Received: backbone={backbone}"
             )
-        super().__init__(backbone=backbone, preprocessor=preprocessor, **kwargs)
-        checkpointing.leave_out(self)
+        with checkpointing.blocks_only():
+            super().__init__(backbone=backbone, preprocessor=preprocessor, **kwargs)
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
+    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Self:
         """Loads a GPT-2 preset with its preprocessor, and converts it if it is a stock one.
 
         A stock preset gives a task with its weights and the RWR options asked for. A preset that
@@ -84,6 +85,7 @@ class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
         Raises:
             ValueError: If KerasHub finds no GPT-2 there, or one with RWR attention and other
                 options than those asked for.
+            TypeError: If an argument is unknown.
 
         Example:
 
@@ -92,7 +94,7 @@ class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
         language_model.generate("RWR attention is", max_length=40)
         ```
         """
-        options, arguments = conversion.split_options(kwargs)
+        options, arguments = conversion.split_arguments(kwargs, cls.stock_cls, "dtype")
         task = conversion.load_preset(cls.stock_cls, preset, load_weights, arguments)
         backbone = task.backbone
         if isinstance(backbone, RWRGPT2Backbone):
@@ -107,7 +109,7 @@ class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
         gc.collect()
         return task
 
-    def to_stock(self, drop_rwr_weights=False):
+    def to_stock(self, drop_rwr_weights: bool = False) -> keras_hub.models.GPT2CausalLM:
         """Makes a stock task with the weights and the preprocessor of this one.
 
         Args:

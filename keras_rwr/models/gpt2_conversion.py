@@ -1,13 +1,12 @@
 """What the GPT-2 classes share: RWR options of a model, presets, and weights on the move."""
 
-import dataclasses
 import difflib
 import inspect
 import json
 import numbers
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import keras
 from keras import ops
@@ -15,54 +14,9 @@ from keras import ops
 from keras_rwr.models.gpt2_decoder import TransformerDecoder
 from keras_rwr.options import Call, Options, Tuning
 
-OPTIONS = (*Options.names(), *Tuning.names())
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """The RWR options of a model.
-
-    Attributes:
-        options: `Options` of the layers that walk.
-        tuning: `Tuning` of all layers.
-        rwr_layers: `None` for all, or list of the numbers of the layers that walk. The others are
-            LOCAL alone.
-    """
-
-    options: Options
-    tuning: Tuning
-    rwr_layers: list[int] | None = None
-
-    @classmethod
-    def create(cls, arguments: Mapping[str, Any], num_layers: int, context: int) -> Self:
-        """Checks and takes the options out of a model's arguments.
-
-        Args:
-            arguments: Mapping that may hold other things too.
-            num_layers: Int.
-            context: Int, the model's `max_sequence_length`.
-        """
-        options, tuning = check_options(
-            {name: arguments[name] for name in OPTIONS if name in arguments}, context
-        )
-        layers = arguments.get("rwr_layers")
-        if layers is not None:
-            layers = layer_numbers("rwr_layers", layers, num_layers)
-        return cls(options, tuning, layers)
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return (*OPTIONS, "rwr_layers")
-
-    def to_config(self) -> dict[str, Any]:
-        layers = self.rwr_layers if self.rwr_layers is None else list(self.rwr_layers)
-        return {**self.options.to_config(), **self.tuning.to_config(), "rwr_layers": layers}
-
-    def of_layer(self, number: int) -> dict[str, Any]:
-        """The options of one layer's `RWRAttention`."""
-        walks = self.rwr_layers is None or number in self.rwr_layers
-        options = self.options if walks else self.options.local_only()
-        return {**options.to_config(), **self.tuning.to_config()}
+_OPTIONS = (*Options.names(), *Tuning.names())
+# Those of a model have the layers that walk besides.
+_MODEL_OPTIONS = (*_OPTIONS, "rwr_layers")
 
 
 class StockPresets:
@@ -72,22 +26,25 @@ class StockPresets:
         return owner.stock_cls.presets
 
 
-def check_options(options: Mapping[str, Any], context: int) -> tuple[Options, Tuning]:
-    """Checks RWR options of a causal model by themselves and against its context.
+def check_options(
+    options: Mapping[str, Any], context: int, others: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Checks the RWR options of a causal attention layer by themselves and against its context.
 
     Args:
-        options: Mapping of options of an attention layer.
+        options: Mapping of options.
         context: Int, the model's `max_sequence_length`.
+        others: Names of other arguments, one of which an unknown option may have been meant for.
 
     Returns:
-        `Options` and `Tuning`.
+        Dict of all options.
 
     Raises:
         ValueError: If an option is outside its range or two do not fit together.
         TypeError: If an option is of the wrong type or unknown.
     """
-    check_names(options, OPTIONS)
-    meaning, tuning = Options.pick(options), Tuning.pick(options)
+    check_names(options, (*_OPTIONS, *others))
+    meaning = Options.pick(options)
     Call(is_causal=True).check(meaning)
     # A window over the whole context leaves nothing to link to, whatever `topk` is.
     if meaning.topk > context > meaning.window + 1:
@@ -95,44 +52,27 @@ def check_options(options: Mapping[str, Any], context: int) -> tuple[Options, Tu
             "`topk` must be at most `max_sequence_length`, the model's context. "
             f"Received: topk={meaning.topk}, max_sequence_length={context}"
         )
-    return meaning, tuning
+    return {**meaning.to_config(), **Tuning.pick(options).to_config()}
 
 
-def check_names(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Checks that keyword arguments are among the known ones.
-
-    Raises:
-        TypeError: Names the first that is not, and those that it may have been meant for.
-    """
-    known = list(known)
-    for name, value in arguments.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known) or known
-            raise TypeError(
-                f"`{name}` must be the name of an argument, such as "
-                f"{', '.join(f'`{x}`' for x in close)}. Received: {name}={value!r}"
-            )
+def check_model_options(
+    options: Mapping[str, Any], num_layers: int, context: int
+) -> dict[str, Any]:
+    """The same as `check_options` for a model, with `rwr_layers`."""
+    layers = options.get("rwr_layers")
+    if layers is not None:
+        layers = layer_numbers("rwr_layers", layers, num_layers)
+    others = {name: value for name, value in options.items() if name != "rwr_layers"}
+    return {**check_options(others, context), "rwr_layers": layers}
 
 
-def split_arguments(
-    arguments: Mapping[str, Any], cls: type, *others: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits the keyword arguments of `from_preset` into RWR options and others.
-
-    Args:
-        arguments: Mapping.
-        cls: Class of KerasHub that takes the others.
-        *others: Names of those that `cls` does not list.
-
-    Raises:
-        TypeError: If one is neither.
-    """
-    names = ModelOptions.names()
-    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    listed = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD and x.name != "self"]
-    check_names(arguments, (*names, *listed, *others, "name", "trainable"))
-    options = {name: value for name, value in arguments.items() if name in names}
-    return options, {name: value for name, value in arguments.items() if name not in names}
+def layer_options(model_options: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The options of one layer of a model."""
+    options = {name: model_options[name] for name in _OPTIONS}
+    layers = model_options["rwr_layers"]
+    if layers is None or number in layers:
+        return options
+    return {**options, **Options.pick(options).local_only().to_config()}
 
 
 def layer_numbers(name: str, layers: Any, count: int) -> list[int]:
@@ -160,9 +100,47 @@ def layer_numbers(name: str, layers: Any, count: int) -> list[int]:
     return chosen
 
 
-def check_same_options(model_options: ModelOptions, backbone: Any) -> None:
-    """Checks that the options of a saved model are those asked for."""
-    wanted, saved = model_options.to_config(), backbone.rwr_options
+def check_names(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Checks that keyword arguments are among the known ones.
+
+    Raises:
+        TypeError: Names the first that is not, and those that it may have been meant for.
+    """
+    known = list(known)
+    for name, value in arguments.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            choice = " or ".join(f"`{x}`" for x in close) or f"one of {', '.join(known)}"
+            raise TypeError(
+                f"`{name}` is no argument here. Did you mean {choice}? Received: {name}={value!r}"
+            )
+
+
+def split_arguments(
+    arguments: Mapping[str, Any], cls: type, *others: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits keyword arguments into RWR options and those of a class of KerasHub.
+
+    Args:
+        arguments: Mapping.
+        cls: Class of KerasHub.
+        *others: Names of arguments that its constructor does not list.
+
+    Raises:
+        TypeError: If one is neither.
+    """
+    listed = [x.name for x in inspect.signature(cls).parameters.values() if x.kind != x.VAR_KEYWORD]
+    check_names(arguments, (*_MODEL_OPTIONS, *listed, *others, "name", "trainable"))
+    options = {name: x for name, x in arguments.items() if name in _MODEL_OPTIONS}
+    return options, {name: x for name, x in arguments.items() if name not in options}
+
+
+def check_same_options(backbone: Any, options: Mapping[str, Any]) -> None:
+    """Checks that options asked for are those that a saved model has."""
+    saved = backbone.rwr_options
+    wanted = check_model_options(
+        {**saved, **options}, backbone.num_layers, backbone.max_sequence_length
+    )
     differing = [name for name, value in wanted.items() if value != saved[name]]
     if differing:
         listed = ", ".join(f"{name}={wanted[name]!r}" for name in differing)
@@ -177,27 +155,22 @@ def check_same_options(model_options: ModelOptions, backbone: Any) -> None:
 def patched_options(backbone: Any) -> dict[str, Any]:
     """The RWR options of a stock backbone that is patched; of others none."""
     blocks = backbone.transformer_layers
-    layers = [
-        block._self_attention_layer if isinstance(block, TransformerDecoder) else None
+    if not any(isinstance(block, TransformerDecoder) for block in blocks):
+        return {}
+    context, everything = backbone.max_sequence_length, range(len(blocks))
+    found = [
+        check_options(block.rwr_options, context) if isinstance(block, TransformerDecoder) else {}
         for block in blocks
     ]
-    if not any(layers):
-        return {}
-    found = [layer and (layer.options, layer.tuning) for layer in layers]
-    walking = [number for number, x in enumerate(found) if x and x[0].walks]
-    options, tuning = found[walking[0] if walking else 0] or (Options(), Tuning())
-    model_options = ModelOptions(options, tuning, None if len(walking) == len(found) else walking)
-    expected = [
-        (options if number in walking else options.local_only(), tuning)
-        for number in range(len(found))
-    ]
-    if found != expected:
+    walking = [number for number in everything if Options.pick(found[number]).walks]
+    model_options = {**found[walking[0] if walking else 0], "rwr_layers": walking}
+    if {} in found or found != [layer_options(model_options, number) for number in everything]:
         raise ValueError(
             "`backbone` must have RWR attention in all layers or in none, with the same options "
-            "except for layers that are LOCAL alone: call `unpatch_gpt2` first. "
-            f"Received: backbone with the options {[x and x[0] for x in found]}"
+            "in all that are not LOCAL alone: call `unpatch_gpt2` first. "
+            f"Received: backbone with the options {found}"
         )
-    return model_options.to_config()
+    return model_options if len(walking) < len(found) else {**found[0], "rwr_layers": None}
 
 
 def load_preset(stock_cls: Any, preset: str, load_weights: bool, arguments: dict) -> Any:

@@ -24,7 +24,7 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
 
     The attention takes the padding mask and the causal flag as they are: no `(B, S, S)` mask is
     made. Variables have the paths of KerasHub's block. A built block of KerasHub's becomes one of
-    these by `make_attention` and `swap`.
+    these by `convert`.
 
     Args:
         intermediate_dim: Int. Hidden size of the feedforward network.
@@ -70,7 +70,7 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
         _refuse(encoder_sequence_shape=encoder_sequence_shape)
         with checkpointing.blocks_only():
             super().build(decoder_sequence_shape)
-            swap(self, TransformerDecoder, make_attention(self, self.rwr_options))
+            convert(self, self.rwr_options)
 
     def call(
         self,
@@ -131,6 +131,12 @@ class TransformerDecoder(keras_hub.layers.TransformerDecoder):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rwr_options": dict(self.rwr_options)}
+
+
+def convert(decoder: keras_hub.layers.TransformerDecoder, rwr_options: Mapping[str, Any]) -> None:
+    """Puts RWR attention into a built block of KerasHub's, in place of the attention there."""
+    swap(decoder, TransformerDecoder, make_attention(decoder, rwr_options))
+    decoder.rwr_options = dict(rwr_options)
 
 
 def make_attention(

@@ -4,6 +4,8 @@ They do what KerasHub's do. They are classes of their own because KerasHub looks
 a preset by its backbone: so it finds these for our presets, and its own for its own.
 """
 
+from typing import Any, Self
+
 import keras
 import keras_hub
 
@@ -14,11 +16,11 @@ from keras_rwr.models.gpt2_conversion import StockPresets
 class _Converted:
     """`from_preset` for presets of KerasHub's `stock_cls` and ours."""
 
-    stock_cls: type
+    stock_cls: Any
     presets = StockPresets()
 
     @classmethod
-    def from_preset(cls, preset, **kwargs):
+    def from_preset(cls, preset: str, **kwargs: Any) -> Self:
         """Loads it from a stock GPT-2 preset or one of ours.
 
         Args:
@@ -59,7 +61,7 @@ TO_RWR = {cls.stock_cls: cls for cls in _OURS}
 TO_STOCK = {cls: cls.stock_cls for cls in _OURS}
 
 
-def convert(layer, classes):
+def convert(layer: Any, classes: dict[Any, Any]) -> Any:
     """Makes a tokenizer or preprocessor of another class that does the same.
 
     Args:

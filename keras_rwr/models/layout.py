@@ -3,7 +3,11 @@
 import keras
 
 
-def get_layout_map(device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"):
+def get_layout_map(
+    device_mesh: keras.distribution.DeviceMesh,
+    model_parallel_dim_name: str = "model",
+    data_parallel_dim_name: str = "batch",
+) -> keras.distribution.LayoutMap:
     """Makes a `keras.distribution.LayoutMap` for model parallel training and generation.
 
     Attention is divided by heads and the feedforward networks by hidden units over the model axis,
@@ -58,8 +62,12 @@ def get_layout_map(device_mesh, model_parallel_dim_name="model", data_parallel_d
     layout_map[f"{attention}/(query|key|value)/(kernel|lora_kernel_a)"] = (data, model, None)
     layout_map[f"{attention}/(query|key|value)/bias"] = (model, None)
     layout_map[f"{attention}/attention_output/kernel"] = (model, None, data)
-    layout_map[f"{attention}/discoverability"] = (model, None)
-    layout_map[f"{attention}/(concentration|lens_strength)"] = (model,)
+    # Of the walk's weights, those with one entry a head; `discoverability` and `log_concentration`
+    # may have one a graph, and a graph may be shared by all heads.
+    layout_map[f"{attention}/walk/graph_(query|key)"] = (data, None, None)
+    layout_map[f"{attention}/walk/hop_gate"] = (data, model, None)
+    layout_map[f"{attention}/walk/hop_weights"] = (model, None)
+    layout_map[f"{attention}/walk/lens_strength"] = (model,)
     feedforward = ".*transformer_layer_[0-9]+/feedforward"
     layout_map[f"{feedforward}_intermediate_dense/kernel"] = (data, model)
     layout_map[f"{feedforward}_intermediate_dense/bias"] = (model,)

@@ -1,23 +1,24 @@
 """RWR attention in a stock GPT-2 that exists already, in place."""
 
-import contextlib
 import dataclasses
 import gc
-import numbers
 import sys
 import types
+from typing import Any
 
 import keras
 import keras_hub
 
-from keras_rwr.layer import RWRAttention
 from keras_rwr.models import gpt2_conversion as conversion
 from keras_rwr.models.generation import WalkCacheGeneration
 from keras_rwr.models.gpt2_backbone import RWRGPT2Backbone
-from keras_rwr.models.gpt2_decoder import TransformerDecoder
+from keras_rwr.models.gpt2_decoder import (
+    TransformerDecoder,
+    make_attention,
+    refresh_torch,
+    swap,
+)
 
-# The attention's parts that stay: their variables, LoRA, quantisation and random seeds with them.
-_PARTS = ("_query_dense", "_key_dense", "_value_dense", "_dropout_layer", "_output_dense")
 _GENERATION = ("make_generate_function", "call_with_cache", "empty_cache", "_build_cache")
 _FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
 _LOOPS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
@@ -30,18 +31,18 @@ class _Unpatched:
     attention: keras.layers.Layer
 
 
-def patch_gpt2_with_rwr(model, *, layers=None, **rwr_options):
+def patch_gpt2_with_rwr(model: Any, *, layers: Any = None, **rwr_options: Any) -> Any:
     """Puts RWR attention into a stock GPT-2 in place.
 
     The model may be compiled, trained, with LoRA, or quantised. Its projections stay the same
-    layers: their weights, paths and optimizer state too. Options that add weights
-    (`use_discoverability`, `edge_weight="exponential"`, `trainable_lens`) add them at their initial
-    values, trainable if the attention layer is, with new state in the optimizer. Every model that
-    contains the backbone is patched with it, and compiles its functions anew at its next use.
-    `generate` then uses the walk cache. Undo it with `unpatch_gpt2`.
+    layers: their weights, paths and optimizer state too. Options that add weights (such as
+    `edge_weight="exponential"`) add them at their initial values, trainable if the attention layer
+    is, with new state in the optimizer. Every model that contains the backbone is patched with it,
+    and compiles its functions anew at its next use. `generate` then uses the walk cache. Undo it
+    with `unpatch_gpt2`.
 
     **What does not survive saving** is the patch: `.keras` files and presets hold a stock model,
-    which loads with full attention, or not at all where options added weights. To save a model with
+    which loads with full attention and without the weights that options added. To save a model with
     RWR attention, convert it: `RWRGPT2Backbone.from_backbone(model)` takes a patched backbone's
     weights and options. Weights files by themselves (`save_weights`) load into a model patched the
     same way.
@@ -68,15 +69,15 @@ def patch_gpt2_with_rwr(model, *, layers=None, **rwr_options):
     ```
     """
     backbone = _stock_backbone(model)
-    conversion.check_options(rwr_options, backbone.max_sequence_length)
+    conversion.check_options(rwr_options, backbone.max_sequence_length, others=["layers"])
     decoders = _choose(backbone.transformer_layers, layers)
     models = _models_with(backbone)
     _refuse_while_running(models)
-    attentions = [_make_attention(decoder, rwr_options) for decoder in decoders]
+    attentions = [make_attention(decoder, rwr_options) for decoder in decoders]
     for decoder, attention in zip(decoders, attentions, strict=True):
         vars(decoder)["_unpatched"] = _Unpatched(decoder._self_attention_layer)
         decoder.rwr_options = dict(rwr_options)
-        _swap(decoder, TransformerDecoder, attention)
+        swap(decoder, TransformerDecoder, attention)
     for owner in models:
         if isinstance(owner, keras_hub.models.GPT2CausalLM):
             for name in _GENERATION:
@@ -86,7 +87,7 @@ def patch_gpt2_with_rwr(model, *, layers=None, **rwr_options):
     return model
 
 
-def unpatch_gpt2(model):
+def unpatch_gpt2(model: Any) -> Any:
     """Undoes `patch_gpt2_with_rwr` on all layers.
 
     The weights stay as they are now; those that only RWR attention has are dropped.
@@ -102,7 +103,7 @@ def unpatch_gpt2(model):
         ValueError: If nothing is patched, or the model is in `fit`, `evaluate` or `predict`.
     """
     backbone = _stock_backbone(model)
-    decoders = [x for x in backbone.transformer_layers if isinstance(x, TransformerDecoder)]
+    decoders: Any = [x for x in backbone.transformer_layers if isinstance(x, TransformerDecoder)]
     if not decoders:
         raise ValueError(
             "`model` must have layers patched by `patch_gpt2_with_rwr`. "
@@ -114,7 +115,7 @@ def unpatch_gpt2(model):
         attention = vars(decoder).pop("_unpatched").attention
         attention._trainable = decoder._self_attention_layer.trainable
         del decoder.rwr_options
-        _swap(decoder, keras_hub.layers.TransformerDecoder, attention)
+        swap(decoder, keras_hub.layers.TransformerDecoder, attention)
     for owner in models:
         for name in _GENERATION:
             vars(owner).pop(name, None)
@@ -122,7 +123,7 @@ def unpatch_gpt2(model):
     return model
 
 
-def _stock_backbone(model):
+def _stock_backbone(model: Any) -> keras_hub.models.GPT2Backbone:
     backbone = model.backbone if isinstance(model, keras_hub.models.Task) else model
     if isinstance(backbone, RWRGPT2Backbone):
         raise TypeError(
@@ -137,30 +138,23 @@ def _stock_backbone(model):
     return backbone
 
 
-def _choose(decoders, layers):
+def _choose(decoders: list, layers: Any) -> list:
     """The decoders of the given numbers, none of them patched."""
-    count = len(decoders)
-    numbers_ = list(range(count)) if layers is None else layers
-    if not isinstance(numbers_, (list, tuple, range)) or not all(
-        isinstance(x, numbers.Integral) and not isinstance(x, bool) for x in numbers_
-    ):
-        raise TypeError(f"`layers` must be `None` or a list of ints. Received: layers={layers}")
-    chosen = [x + count if x < 0 else x for x in numbers_]
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(count)):
-        raise ValueError(
-            f"`layers` must be one or more different layers of {count}, numbered from 0. "
-            f"Received: layers={layers}"
-        )
-    patched = [x for x in chosen if isinstance(decoders[x], TransformerDecoder)]
+    numbers = list(range(len(decoders)))
+    if layers is not None:
+        numbers = conversion.layer_numbers("layers", layers, len(decoders))
+    if not numbers:
+        raise ValueError(f"`layers` must be one or more layers. Received: layers={layers!r}")
+    patched = [x for x in numbers if isinstance(decoders[x], TransformerDecoder)]
     if patched:
         raise ValueError(
             "`layers` must be stock layers: call `unpatch_gpt2` first to patch them anew. "
-            f"Received: layers={layers}, patched already: {patched}"
+            f"Received: layers={layers!r}, patched already: {patched}"
         )
-    return [decoders[x] for x in chosen]
+    return [decoders[x] for x in numbers]
 
 
-def _models_with(backbone):
+def _models_with(backbone: Any) -> list[keras.Model]:
     """The backbone and all models around it, whose compiled functions have it inside."""
     models = [x for x in gc.get_objects() if issubclass(type(x), keras.Model)]
     # A model whose constructor failed may still be around, and has no layers.
@@ -168,8 +162,8 @@ def _models_with(backbone):
     return [x for x in models if any(layer is backbone for layer in x._flatten_layers())]
 
 
-def _refuse_while_running(models):
-    frame = sys._getframe()
+def _refuse_while_running(models: list[keras.Model]) -> None:
+    frame: Any = sys._getframe()
     while frame is not None:
         name, owner = frame.f_code.co_name, frame.f_locals.get("self")
         if name in _LOOPS and any(owner is model for model in models):
@@ -180,42 +174,12 @@ def _refuse_while_running(models):
         frame = frame.f_back
 
 
-def _make_attention(decoder, rwr_options):
-    """A built `RWRAttention` with the parts of the decoder's attention, and its own weights."""
-    old = decoder._self_attention_layer
-    config = old.get_config()
-    # `implementation` takes its place.
-    config.pop("flash_attention", None)
-    new = RWRAttention(**{**config, "dtype": old.dtype_policy, **rwr_options})
-    shape = decoder._decoder_sequence_shape
-    with contextlib.ExitStack() as stack:
-        for name in decoder.path.split("/"):
-            stack.enter_context(keras.name_scope(name))
-        new.build(shape, shape)
-    new.trainable = old.trainable
-    for name in _PARTS:
-        part = getattr(old, name)
-        part.supports_masking = True
-        new._tracker.replace_tracked_value("layers", getattr(new, name), part)
-        setattr(new, name, part)
-    _refresh_torch(new)
-    return new
-
-
-def _swap(decoder, cls, attention):
-    # The methods differ and nothing else does, so the functional models around need no change.
-    decoder.__class__ = cls
-    decoder._tracker.replace_tracked_value("layers", decoder._self_attention_layer, attention)
-    decoder._self_attention_layer = attention
-    _refresh_torch(decoder)
-
-
-def _renew(model):
+def _renew(model: keras.Model) -> None:
     """Forgets a model's compiled functions, and fits its optimizer's state to its weights."""
     for name in _FUNCTIONS:
         if getattr(model, name, None) is not None:
             setattr(model, name, None)
-    _refresh_torch(model)
+    refresh_torch(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return
@@ -232,9 +196,3 @@ def _renew(model):
     # It stays the object that callbacks and users hold.
     vars(optimizer).clear()
     vars(optimizer).update(vars(new))
-
-
-def _refresh_torch(layer):
-    """Brings up to date what torch takes for the parameters of a layer."""
-    if keras.backend.backend() == "torch" and "_torch_params" in layer._modules:
-        layer._track_variables()

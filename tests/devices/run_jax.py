@@ -17,9 +17,10 @@ import jax
 import keras
 import language_model
 
-from keras_rwr import decoding
-from keras_rwr.config import RWRConfig
+from keras_rwr import _decoding
+from keras_rwr._attend import Inputs
 from keras_rwr.ops import rwr_attention
+from keras_rwr.options import Options
 
 KINDS = ("none", "data", "model")
 STEPS, BATCH = 3, 8
@@ -69,27 +70,24 @@ def compile_parts(kind):
         options = {**OPTIONS, "concentration": concentration, "dropout": 0.1, "seed": 3}
         return jax.numpy.sum(rwr_attention(query, key, value, **options) ** 2)
 
-    def step(query, rows, means, index):
-        cache = decoding.WalkCache(rows, means)
-        output, cache = decoding.attend(
-            query,
-            query,
-            query,
-            RWRConfig(**OPTIONS),
-            cache,
-            index,
-            lens_strength=0.3,
-            concentration=20.0,
-        )
+    options = Options.pick(OPTIONS)
+    sizes = _decoding.Sizes(
+        heads=2, kv_heads=2, key_dim=16, value_dim=16, graphs=2, graph_dim=16, has_graph=False
+    )
+    empty = _decoding.empty_cache(options, sizes, 8, 64, "float32").tensors()
+
+    def step(query, index, *rows):
+        cache = _decoding.WalkCache(**dict(zip(empty, rows, strict=True)))
+        inputs = Inputs(query=query, key=query, value=query)
+        output, cache = _decoding.attend(inputs, None, options, sizes, cache, index)
         return output, cache.tensors()
 
     x = like((8, 64, 2, 16), "batch", None, heads)
-    empty = decoding.empty_cache(RWRConfig(**OPTIONS), 8, 64, 2, 16, 16, "float32")
-    cache = [like(x.shape, "batch", heads) for x in empty.tensors().values()]
+    cache = [like(x.shape, "batch", heads) for x in empty.values()]
     token = like((8, 1, 2, 16), "batch", None, heads)
     return {
         "training": jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, like((2,))),
-        "decoding": jax.jit(step).lower(token, *cache, jax.numpy.int32(40)),
+        "decoding": jax.jit(step).lower(token, jax.numpy.int32(40), *cache),
     }
 
 

@@ -67,8 +67,8 @@ def test_a_failed_installation_leaves_no_stamp(ready, commands, monkeypatch):
 def test_ablation_passes_its_arguments_on(ready, commands, monkeypatch):
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     run.main(["ablation", "--dry-run", "--ablation-step", "R1"])
-    assert commands[-1][1].endswith("gpt2_ablation.py")
-    assert commands[-1][2:] == ["--dry-run", "--ablation-step", "R1"]
+    module = ["-m", "studies.ablation"]
+    assert commands[-1][1:] == [*module, "--dry-run", "--ablation-step", "R1"]
 
 
 def pytest_arguments(commands):
@@ -78,8 +78,8 @@ def pytest_arguments(commands):
 @pytest.mark.parametrize(
     ("arguments", "processes"),
     [
-        ([], 6),
-        (["-x"], 6),
+        ([], 7),
+        (["-x"], 7),
         (["tests/test_layer.py::test_one"], 3),
         (["tests/packaging"], 1),
         (["tests/kernels"], 2),
@@ -94,11 +94,20 @@ def test_test_runs_a_process_a_backend(ready, commands, arguments, processes, mo
     assert len(pytest_arguments(commands)) == processes
     for started in pytest_arguments(commands):
         assert set(arguments) <= set(started)
+    assert (["-m", "mypy"] in [command[1:] for command in commands]) == (not arguments)
+
+
+def test_parts_share_all_tests_of_a_backend():
+    files = [f"tests/{path.name}" for path in (run.ROOT / "tests").glob("test_*.py")]
+    parts = run.divide(3)
+    for path in files:
+        assert sum(f"--ignore={path}" not in part for part in parts) == 1
+    assert not any(f"--ignore={path}" in run.divide(1)[0] for path in files)
 
 
 def test_a_process_without_a_report_is_a_failure(ready, commands, capsys):
     assert run.main(["test"]) == 1
-    assert capsys.readouterr().out.endswith("0 passed, 6 failed, 0 skipped\n")
+    assert capsys.readouterr().out.endswith("3 passed, 7 failed, 0 skipped\n")
 
 
 def test_kernels_are_interpreted_and_nothing_else_is(ready, monkeypatch):
@@ -115,7 +124,7 @@ def test_kernels_are_interpreted_and_nothing_else_is(ready, monkeypatch):
 
     monkeypatch.setattr(run.subprocess, "run", pretend)
     run.main(["test"])
-    assert len(interpreted) == 6
+    assert len(interpreted) == 7
     assert sum(len(on) for _, _, on in interpreted) == 2
     for command, backend, on in interpreted:
         assert on == ([run.INTERPRETED[backend][1]] if " tests/kernels " in command else [])

@@ -1,15 +1,43 @@
-"""What a training run of `gpt2_ablation.py` writes down: losses, checkpoints, memory."""
+"""Processes that train one model each, and what they write down: losses, checkpoints, memory."""
 
 import csv
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
-from ablation_data import UsageError, write_arrays
+
+from studies.data import UsageError, write_arrays
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(module, *arguments):
+    """Runs a module of this package in a process of its own and returns its exit code."""
+    path = os.pathsep.join([os.fspath(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", module, *map(os.fspath, arguments)]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
+def verbosity():
+    """Keras's `verbose`: a progress bar on a terminal, else a line an epoch."""
+    return 1 if sys.stdout.isatty() else 2
+
+
+class StopWithParent(keras.callbacks.Callback):
+    """Ends this process when the one that started it has ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.parent = os.getppid()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if os.getppid() != self.parent:
+            sys.exit("The process that started this one has ended.")
 
 
 class RunLog(keras.callbacks.Callback):

@@ -1,4 +1,4 @@
-"""Training of one step of `gpt2_ablation.py`, which runs this file in a process of its own."""
+"""Training of one ablation step, `python -m studies.training RUN_FOLDER STEP SEED`."""
 
 import json
 import math
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from ablation_data import (
+
+from keras_rwr import ablation
+from keras_rwr.statistics import walk_statistics
+from studies.arguments import base
+from studies.data import (
     as_batch,
     batch_rows,
     cut_blocks,
@@ -16,15 +20,19 @@ from ablation_data import (
     write_arrays,
     write_json,
 )
-from ablation_log import RunLog, peak_device_memory_mb, peak_memory_mb
-
-from keras_rwr import ablation
-from keras_rwr.statistics import walk_statistics
+from studies.workers import (
+    RunLog,
+    StopWithParent,
+    peak_device_memory_mb,
+    peak_memory_mb,
+    verbosity,
+)
 
 POSITION_BINS = 32  # parts of the context whose losses are told apart
 PROBE_SEQUENCES = 4  # of the validation text, for the graph statistics
 # what AdamW's weight decay leaves alone: biases, layer norms, a head's own few numbers
-NO_DECAY = ["bias", "gamma", "beta", "concentration", "lens_strength", "discoverability"]
+NO_DECAY = ["bias", "gamma", "beta", "scale", "concentration", "lens_strength", "discoverability"]
+NO_DECAY += ["hop_weights", "graph_convolution"]
 
 
 class Batches(keras.utils.PyDataset):
@@ -46,7 +54,7 @@ class Batches(keras.utils.PyDataset):
 def build_backbone(step, arguments, overrides=None):
     """The backbone of an ablation step at the sizes of this run."""
     return ablation.build_backbone(
-        step,
+        base(step),
         overrides=overrides,
         vocabulary_size=arguments["vocabulary_size"],
         num_layers=arguments["layers"],
@@ -69,11 +77,11 @@ def prepare(run_dir, arguments):
         cut_blocks(values, arguments["context"], name)
 
 
-def initial_weights(folder, arguments):
+def initial_weights(folder, arguments, seed):
     """Path of R0's initial weights, which the first step to be trained makes."""
-    path = folder / f"initial-{arguments['seed']}.npz"
+    path = folder / f"initial-{seed}.npz"
     if not path.exists():
-        keras.utils.set_random_seed(arguments["seed"])
+        keras.utils.set_random_seed(seed)
         weights = build_backbone("R0", arguments).weights
         write_arrays(path, {weight.path: weight.numpy() for weight in weights})
     return path
@@ -109,49 +117,39 @@ def make_optimizer(arguments):
     return optimizer
 
 
-def compile_model(backbone, arguments, metrics=None):
+def compile_model(backbone, arguments):
     """The language model of a backbone, ready to train."""
     logits = backbone.token_embedding(backbone.output, reverse=True)
     model = keras.Model(backbone.input, logits)
     optimizer = make_optimizer(arguments)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss, metrics=metrics)
+    model.compile(optimizer=optimizer, loss=loss)
     optimizer.build(model.trainable_variables)
     return model
 
 
-def verbosity():
-    """Keras's `verbose`: a progress bar on a terminal, else a line an epoch."""
-    return 1 if sys.stdout.isatty() else 2
+def folder_of(run_dir, step, seed):
+    """Where a training writes to."""
+    return run_dir / f"{step.replace(':', '-')}-{seed}"
 
 
-class StopWithParent(keras.callbacks.Callback):
-    """Ends this process when the one that started it has ended."""
-
-    def __init__(self):
-        super().__init__()
-        self.parent = os.getppid()
-
-    def on_train_batch_end(self, batch, logs=None):
-        if os.getppid() != self.parent:
-            sys.exit("The process that started this one has ended.")
-
-
-def train(run_dir, step, config, verbose="auto", is_worker=False):
+def train(run_dir, step, seed, config, verbose="auto", is_worker=False):
     """Trains one ablation step, from its last checkpoint if there is one.
 
     Args:
         run_dir: path. The run folder, with what `prepare` made.
-        step: str. "R0" to "R4".
+        step: str. A key of `keras_rwr.ablation.STEPS`, or one with options of its own.
+        seed: int. One of the run's.
         config: dict. What `config.json` holds.
         verbose: Keras's. "auto" is a progress bar on a terminal, else a line an evaluation.
         is_worker: bool. Whether to stop when the process that started this one ends.
 
     Returns:
-        The step's row of the table, which is also written to `result.json`.
+        What was measured, a dict that is also written to `result.json`.
     """
     arguments = config["arguments"]
-    folder = run_dir / step
+    options = ablation.step_options(base(step), config["overrides"][step])
+    folder = folder_of(run_dir, step, seed)
     folder.mkdir(exist_ok=True)
     context, batch_size = arguments["context"], arguments["batch_size"]
     with np.load(run_dir / "data" / "tokens.npz") as stored:
@@ -160,18 +158,18 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
     if len(validation) > batch_size:  # whole batches, so that one shape is compiled
         validation = validation[: len(validation) // batch_size * batch_size]
 
-    initial = initial_weights(run_dir / "data", arguments)
-    keras.utils.set_random_seed(arguments["seed"])
+    initial = initial_weights(run_dir / "data", arguments, seed)
+    keras.utils.set_random_seed(seed)
     backbone = build_backbone(step, arguments, config["overrides"][step])
     load_initial(backbone, initial)
     model = compile_model(backbone, arguments)
     steps_per_epoch = arguments["evaluate_every"]
-    log = RunLog(folder, steps_per_epoch, batch_size * context, arguments["seed"])
+    log = RunLog(folder, steps_per_epoch, batch_size * context, seed)
     callbacks = [log, StopWithParent()] if is_worker else [log]
     epochs_done = log.restore(model)
     memory_before = peak_memory_mb()
     model.fit(
-        Batches(training, batch_size, arguments["seed"], epochs_done * steps_per_epoch),
+        Batches(training, batch_size, seed, epochs_done * steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
         initial_epoch=epochs_done,
         epochs=arguments["training_steps"] // steps_per_epoch,
@@ -185,7 +183,7 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
     device_memory = peak_device_memory_mb()  # of training, not of the statistics below
     positions = losses_by_position(model, validation, batch_size)
     layers = None
-    if ablation.STEPS[step].options is not None:
+    if options is not None and options.get("steps") != 0:
         probe, _ = as_batch(validation[:PROBE_SEQUENCES])
         layers = walk_statistics(backbone, probe)
     seconds = sum(row["timed_seconds"] for row in log.rows)
@@ -193,8 +191,9 @@ def train(run_dir, step, config, verbose="auto", is_worker=False):
     last = log.rows[-1]
     result = {
         "step": step,
-        "description": ablation.STEPS[step].description,
-        "options": ablation.step_options(step, config["overrides"][step]),
+        "seed": seed,
+        "description": ablation.STEPS[base(step)].description,
+        "options": options,
         "parameters": model.count_params(),
         "training_loss": last["training_loss"],
         "validation_loss": last["validation_loss"],
@@ -267,11 +266,11 @@ def is_out_of_memory(error):
     return type(error).__name__ in names or "resource_exhausted" in text or "out of memory" in text
 
 
-def main(run_folder, step):
+def main(run_folder, step, seed):
     """Trains one step of a run folder, as a process of its own."""
     config = json.loads((run_folder / "config.json").read_text("utf-8"))
     try:
-        train(run_folder, step, config, is_worker=True)
+        train(run_folder, step, seed, config, is_worker=True)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -283,4 +282,4 @@ def main(run_folder, step):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

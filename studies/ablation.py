@@ -1,36 +1,38 @@
-"""Trains a small GPT-2 with stock attention (R0) and with RWR attention (R1 to R4).
+"""Trains a small GPT-2 with stock attention (R0) and with RWR attention (R1 to R5).
 
-    python examples/gpt2_ablation.py                            # all five, on the embedded text
-    python examples/gpt2_ablation.py --ablation-step R0 R4 --rwr-window 16
-    python examples/gpt2_ablation.py --run-dir runs/1 --resume  # continues a run that was stopped
+    python -m studies.ablation                              # all six, on the embedded text
+    python -m studies.ablation --ablation-step R0 R5 R5:topk=4:steps=2 --seeds 0 1
+    python -m studies.ablation --run-dir runs/1 --resume    # continues a run that was stopped
 
 Every step starts from the same initial weights and reads the same data in the same order, in a
-process of its own. The run folder receives the losses (`R0/losses.csv`, ...), checkpoints, the
+process of its own. The run folder receives the losses (`R0-0/losses.csv`, ...), checkpoints, the
 table (`table.md`, `.csv`, `.json`), the curves (`curves.png`), perplexity by position
-(`positions.png`) and the configuration (`config.json`).
+(`positions.png`) and the configuration (`config.json`). Where all steps are trained, the tracking
+study follows at its small size and leaves its table and picture in `tracking/`.
 """
 
 import datetime
 import importlib.metadata
+import itertools
 import json
-import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from ablation_arguments import (
-    ABLATION_DEFAULTS,
+import keras
+
+from keras_rwr.ablation import STEPS
+from studies import report, tracking, training, workers
+from studies.arguments import (
+    DEFAULTS,
+    base,
     check_numbers,
     choose_steps,
     make_overrides,
     make_parser,
 )
-from ablation_data import UsageError, read_vocabulary, write_json
-
-from keras_rwr.ablation import STEPS
+from studies.data import UsageError, read_vocabulary, write_json
 
 BACKENDS = ("torch", "jax", "tensorflow")
 
@@ -44,7 +46,9 @@ def make_config(given, stored=None):
         if "ablation_step" in given or "use_rwr" in given:
             arguments["ablation_step"] = choose_steps(given)
     else:
-        arguments = {**ABLATION_DEFAULTS, **given, "ablation_step": choose_steps(given)}
+        steps = choose_steps(given)
+        tracked = steps == list(STEPS)
+        arguments = {**DEFAULTS, "tracking": tracked, **given, "ablation_step": steps}
     arguments.pop("use_rwr", None)
     for name in ("dataset", "validation_dataset", "vocabulary"):
         if arguments[name] not in ("embedded", "finewebedu", None):
@@ -67,8 +71,6 @@ def make_config(given, stored=None):
 
 def environment():
     """Backend, platform and versions of this process."""
-    import keras
-
     backend = keras.backend.backend()
     if backend not in BACKENDS:
         raise UsageError(
@@ -125,30 +127,27 @@ def check_same(config, stored):
 
 def dry_run(config):
     """Builds every model and trains it for one step, in a temporary folder."""
-    import ablation_train
-
-    config = json.loads(json.dumps(config))
-    config["arguments"].update(
-        training_steps=1, evaluate_every=1, warmup_steps=0,
-        validation_tokens=config["arguments"]["context"],
-    )  # fmt: skip
+    arguments = {**config["arguments"], "training_steps": 1, "evaluate_every": 1}
+    arguments.update(warmup_steps=0, validation_tokens=arguments["context"])
+    config = {**config, "arguments": arguments}
     with tempfile.TemporaryDirectory() as folder:
-        ablation_train.prepare(Path(folder), config["arguments"])
-        for step in config["arguments"]["ablation_step"]:
-            result = ablation_train.train(Path(folder), step, config, verbose=0)
+        training.prepare(Path(folder), arguments)
+        for step in arguments["ablation_step"]:
+            result = training.train(Path(folder), step, arguments["seeds"][0], config, verbose=0)
             print(
                 f"{step}: {result['parameters']:,} parameters, "
                 f"training loss {result['training_loss']:.4f}"
             )
+        if arguments["tracking"]:
+            once = ["--small", "--training-steps", "1", "--seeds", "0", "--out", folder]
+            tracking.main(once)
 
 
 def start(run_dir, config):
     """Writes what a new run needs into its empty folder, or leaves the folder empty."""
-    import ablation_train
-
     write_json(run_dir / "config.json", config)
     try:
-        ablation_train.prepare(run_dir, config["arguments"])
+        training.prepare(run_dir, config["arguments"])
     except UsageError:
         shutil.rmtree(run_dir / "data")
         (run_dir / "config.json").unlink()
@@ -157,28 +156,29 @@ def start(run_dir, config):
 
 def run(run_dir, config):
     """Trains the steps that are not finished and reports after each."""
-    import ablation_log
-    import ablation_report
-    import ablation_train
+    training.prepare(run_dir, config["arguments"])
+    results, losses = [], []
+    seeds, steps = config["arguments"]["seeds"], config["arguments"]["ablation_step"]
+    for seed, step in itertools.product(seeds, steps):
+        folder = training.folder_of(run_dir, step, seed)
+        if not (folder / "result.json").exists():
+            print(f"\n{step}, seed {seed}: {STEPS[base(step)].description}", flush=True)
+            work(run_dir, step, "studies.training", run_dir, step, str(seed))
+        results.append(json.loads((folder / "result.json").read_text("utf-8")))
+        losses.append(workers.read_losses(folder / "losses.csv"))
+        table = report.write_report(run_dir, config, results, losses, training.PROBE_SEQUENCES)
+    print(f"\n{table}\nTable and curves: {run_dir}", flush=True)
+    if config["arguments"]["tracking"]:
+        print("\nVariable tracking", flush=True)
+        work(run_dir, "tracking", "studies.tracking", "--small", "--out", run_dir / "tracking")
 
-    ablation_train.prepare(run_dir, config["arguments"])
-    results, losses = [], {}
-    for step in config["arguments"]["ablation_step"]:
-        done = run_dir / step / "result.json"
-        if not done.exists():
-            print(f"\n{step}: {STEPS[step].description}", flush=True)
-            worker = Path(__file__).with_name("ablation_train.py")
-            command = [sys.executable, os.fspath(worker), os.fspath(run_dir), step]
-            if subprocess.run(command, check=False).returncode:
-                raise SystemExit(
-                    f"{step} stopped. What is written stays; to go on: --resume --run-dir {run_dir}"
-                )
-        results.append(json.loads(done.read_text("utf-8")))
-        losses[step] = ablation_log.read_losses(run_dir / step / "losses.csv")
-        table = ablation_report.write_report(
-            run_dir, config, results, losses, ablation_train.PROBE_SEQUENCES
+
+def work(run_dir, name, *command):
+    """Runs a worker, and says how to go on if it stops."""
+    if workers.start(*command):
+        raise SystemExit(
+            f"{name} stopped. What is written stays; to go on: --resume --run-dir {run_dir}"
         )
-    print(f"\n{table}\nTable and curves: {run_dir}")
 
 
 def main(argv=None):

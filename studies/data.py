@@ -1,4 +1,4 @@
-"""Text, vocabulary and batches for `gpt2_ablation.py`."""
+"""Text, vocabulary and batches of the language models."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ import numpy as np
 END_OF_TEXT = "<|endoftext|>"
 CHOICES = "`embedded`, a .txt/.gz/.xz file, a folder of such files, or `finewebedu`"
 SUFFIXES = (".txt", ".gz", ".xz")
-EMBEDDED = Path(__file__).parent / "data"
+EMBEDDED = Path(__file__).parents[1] / "examples" / "data"
 VALIDATION_SHARE = 0.05  # held out of a file, a folder or a stream
 CHARACTERS_PER_TOKEN = 6  # more than any vocabulary here reaches, so a stream is long enough
 
@@ -117,18 +117,17 @@ def load_documents(
         tokens: int. How many tokens the run reads; only a stream is cut to it.
         validation_dataset: None, or str: a path. Nothing is held out then.
     """
-    if validation_dataset is not None:
-        validation = read_path(Path(validation_dataset), "validation_dataset")
-        if dataset == "embedded":
-            return read_path(EMBEDDED / "train.txt.xz"), validation
-        if dataset == "finewebedu":
-            return stream_finewebedu(tokens * CHARACTERS_PER_TOKEN), validation
-        return read_path(Path(dataset)), validation
     if dataset == "embedded":
-        return read_path(EMBEDDED / "train.txt.xz"), read_path(EMBEDDED / "validation.txt.xz")
-    if dataset == "finewebedu":
-        return hold_out(stream_finewebedu(tokens * CHARACTERS_PER_TOKEN))
-    return hold_out(read_path(Path(dataset)))
+        training = read_path(EMBEDDED / "train.txt.xz")
+    elif dataset == "finewebedu":
+        training = stream_finewebedu(tokens * CHARACTERS_PER_TOKEN)
+    else:
+        training = read_path(Path(dataset))
+    if validation_dataset is not None:
+        return training, read_path(Path(validation_dataset), "validation_dataset")
+    if dataset == "embedded":
+        return training, read_path(EMBEDDED / "validation.txt.xz")
+    return hold_out(training)
 
 
 def train_vocabulary(documents: Iterable[str], size: int) -> tuple[dict[str, int], list[str]]:
@@ -176,7 +175,7 @@ def write_json(path: Path, value) -> None:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file that is never seen half written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # studies share files
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs may share files
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
     os.replace(temporary, path)

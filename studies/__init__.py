@@ -1,0 +1,1 @@
+"""Trainings that measure RWR attention, from a checkout: `python -m studies.ablation --help`."""
