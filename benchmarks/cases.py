@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_rwr.options import Options
+
 LEVELS = ("layer", "op")
 SEED = 20061
 SMALL_BATCH = 2
@@ -75,8 +77,8 @@ def make_inputs(case, draw=None):
         draw: `None`, or what to draw with instead of `normal_numbers()`, perhaps on a device.
 
     Returns:
-        A dict with "query", "key", "value" of shape `(B, S, N, H)` and "discoverability" of shape
-        `(N, H)` for an op; "x" of shape `(B, S, N H)` and the projections' weights, named as
+        A dict with "query", "key", "value" of shape `(B, S, N, H)` and what the options need
+        besides for an op; "x" of shape `(B, S, N H)` and the projections' weights, named as
         `keras.layers.MultiHeadAttention` names them, for a layer; "cotangent" of the shape of the
         output for both.
     """
@@ -87,9 +89,8 @@ def make_inputs(case, draw=None):
 
     if case.level == "op":
         inputs = {name: normal(*case.shape) for name in ("query", "key", "value", "cotangent")}
-        inputs["discoverability"] = normal(case.heads, case.head_size, scale=0.1)
         inputs["query"] = inputs["query"] + case.leaning * inputs["key"]
-        return inputs
+        return inputs | graph_inputs(case, normal)
     inputs = {name: normal(case.batch, case.tokens, case.width) for name in ("x", "cotangent")}
     scale = case.width**-0.5
     for name in ("query", "key", "value"):
@@ -97,4 +98,20 @@ def make_inputs(case, draw=None):
         inputs[f"{name}/bias"] = normal(case.heads, case.head_size, scale=0.1)
     inputs["attention_output/kernel"] = normal(case.heads, case.head_size, case.width, scale=scale)
     inputs["attention_output/bias"] = normal(case.width, scale=0.1)
+    return inputs
+
+
+def graph_inputs(case, normal):
+    """What the options of a layer bring to an op: vectors of the graph, u and hop weights."""
+    options, inputs = Options.pick(case.options), {}
+    graphs, features = case.heads, case.head_size
+    if options.graph_heads is not None:
+        graphs, features = options.graph_heads, options.graph_dim
+        for name in ("graph_query", "graph_key"):
+            inputs[name] = normal(case.batch, case.tokens, graphs, features)
+    if options.use_discoverability:
+        inputs["discoverability"] = normal(graphs, features, scale=0.1)
+    if options.stopping != "restart":
+        shape = (case.batch, case.tokens, case.heads, options.steps + 1)
+        inputs["hop_weights"] = 0.5 + normal(*shape, scale=0.1)
     return inputs

@@ -22,8 +22,8 @@ from benchmarks.cases import Case
 from benchmarks.parity import check_parity, prepare
 from benchmarks.report import ROOT, align, environment
 from benchmarks.run import load_peers
+from keras_rwr._dispatch import current_device
 from keras_rwr.ablation import STEPS
-from keras_rwr.dispatch import current_device
 
 NAMES = ("rwr-triton", "torch-sdpa-flash", "torch-sdpa-cudnn", "torch-flex", "keras-gpt2")
 MODES = ("forward", "forward+backward")

@@ -21,8 +21,8 @@ from benchmarks.cases import LEVELS, Case
 from benchmarks.parity import TOLERANCES, ParityError
 from benchmarks.report import table, write
 from benchmarks.run import benchmark, load_peers, option
+from keras_rwr._dispatch import current_device
 from keras_rwr.ablation import STEPS
-from keras_rwr.dispatch import current_device
 
 OURS = {"torch": "rwr-triton", "jax": "rwr-pallas"}
 PEERS = {

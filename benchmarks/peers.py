@@ -9,8 +9,7 @@ from keras import ops
 import keras_rwr
 from benchmarks import frameworks
 from benchmarks.cases import Case
-from keras_rwr.config import RWRConfig
-from keras_rwr.dispatch import IMPLEMENTATIONS
+from keras_rwr.options import IMPLEMENTATIONS, Options
 
 # The peers that say what is right: every other one is compared with that of its definition.
 DEFINITIONS = {
@@ -20,6 +19,14 @@ DEFINITIONS = {
     "window": "window-formula",
 }
 HALVES = ("float16", "bfloat16")
+# Options that bring a layer's weights; an op is given what these make.
+LAYER_OPTIONS = (
+    "use_discoverability",
+    "graph_heads",
+    "graph_dim",
+    "graph_convolution",
+    "stopping",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,13 +234,11 @@ def masked_formula(query, key, value, mask):
     return ops.cast(ops.einsum("bnqk,bknh->bqnh", ops.softmax(logits), value), dtype)
 
 
-def op_builder(attention, takes_discoverability=False):
-    """`Peer.build` of a function of a `Case`, query, key, value and perhaps discoverability."""
+def op_builder(attention):
+    """`Peer.build` of a function of a `Case`, query, key and value."""
 
     def build(case, inputs):
-        names = ["query", "key", "value"]
-        if takes_discoverability and case.options.get("use_discoverability", False):
-            names.append("discoverability")
+        names = ("query", "key", "value")
         arrays = [ops.convert_to_tensor(inputs[name], case.dtype) for name in names]
         return (lambda *arrays: attention(case, *arrays)), arrays
 
@@ -241,26 +246,29 @@ def op_builder(attention, takes_discoverability=False):
 
 
 def rwr_op(implementation):
-    def attention(case, query, key, value, discoverability=None):
-        options = {name: x for name, x in case.options.items() if name != "use_discoverability"}
-        return keras_rwr.ops.rwr_attention(
-            query,
-            key,
-            value,
-            discoverability=discoverability,
-            is_causal=case.is_causal,
-            implementation=implementation,
-            **options,
-        )
+    """`Peer.build` of `keras_rwr.ops.rwr_attention`, with what the options of a layer bring."""
 
-    return attention
+    def build(case, inputs):
+        names = [name for name in inputs if name != "cotangent"]
+        arrays = [ops.convert_to_tensor(inputs[name], case.dtype) for name in names]
+        options = {name: x for name, x in case.options.items() if name not in LAYER_OPTIONS}
+
+        def attention(*arrays):
+            return keras_rwr.ops.rwr_attention(
+                **dict(zip(names, arrays, strict=True)),
+                is_causal=case.is_causal,
+                implementation=implementation,
+                **options,
+            )
+
+        return attention, arrays
+
+    return build
 
 
 def rwr_supports(implementation):
-    names = {field.name for field in dataclasses.fields(RWRConfig)}
-
     def supports(case: Case, device):
-        options = {name: x for name, x in case.options.items() if name in names}
+        options = Options.pick(case.options).to_config()
         explanation = keras_rwr.explain(
             case.shape, dtype=case.dtype, device=device, is_causal=case.is_causal, **options
         )
@@ -349,7 +357,7 @@ for implementation in IMPLEMENTATIONS:
             description=f"keras_rwr.ops.rwr_attention, {implementation}",
             level="op",
             definition="rwr",
-            build=op_builder(rwr_op(implementation), takes_discoverability=True),
+            build=rwr_op(implementation),
             supports=rwr_supports(implementation),
             is_default=implementation != "reference",
         )

@@ -27,8 +27,8 @@ from benchmarks.cases import LEVELS, Case
 from benchmarks.measure import OUT_OF_MEMORY, measure_memory, measure_times, memory_of_one_call
 from benchmarks.parity import TOLERANCES, ParityError, check_parity
 from benchmarks.report import environment, table, write
+from keras_rwr._dispatch import current_device
 from keras_rwr.ablation import STEPS
-from keras_rwr.dispatch import current_device
 
 
 def benchmark(

@@ -86,7 +86,7 @@ class WalkCore(keras.layers.Layer):
         self.graph_query: Tensor = None
         self.graph_key: Tensor = None
         self.graph_convolution: Tensor = None
-        self._failed_load: str | None = None
+        self._failed_load: tuple[Any, str] | None = None
 
     def build(self, input_shape: Any) -> None:
         options, graphs, heads = self.options, self.graphs, self.num_heads
@@ -275,19 +275,22 @@ class WalkCore(keras.layers.Layer):
             store[weight.name] = weight
 
     def load_own_variables(self, store: Any) -> None:
-        stored, expected = set(store.keys()), {weight.name for weight in self.weights}
-        # A file of `MultiHeadAttention` has nothing for this layer. Keras may ask again with an
-        # empty store after a failure, which must not pass for success.
-        if not stored and self._failed_load is None:
-            return
+        stored = {name: tuple(store[name].shape) for name in list(store.keys())}
+        if stored:
+            self._failed_load = None
+        elif self._failed_load is not None and store is self._failed_load[0]:
+            # Keras asks again after a failure, with an empty view of the same file.
+            raise ValueError(self._failed_load[1])
+        else:
+            return  # a file of `MultiHeadAttention`, which has nothing for this layer
+        expected = {weight.name: tuple(weight.shape) for weight in self.weights}
         if stored != expected:
-            self._failed_load = self._failed_load or (
-                f"Layer '{self.path}' has the weights {sorted(expected)} of the walk, and can load "
-                "these or none. The options must be those of the saved layer. "
-                f"Received: {sorted(stored)}"
+            message = (
+                f"Layer '{self.path}' has the weights {expected} of the walk, and can load these "
+                f"or none. The options must be those of the saved layer. Received: {stored}"
             )
-            raise ValueError(self._failed_load)
-        self._failed_load = None
+            self._failed_load = store, message
+            raise ValueError(message)
         for weight in self.weights:
             weight.assign(store[weight.name])
 

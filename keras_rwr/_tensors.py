@@ -32,7 +32,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def per_head(value: Any, dtype: str) -> Tensor:
     """A scalar, a sequence or a tensor of one value a head as a tensor `(N or 1, 1, 1)`."""
-    return ops.reshape(ops.cast(ops.convert_to_tensor(value), dtype), (-1, 1, 1))
+    return ops.reshape(ops.convert_to_tensor(value, dtype=dtype), (-1, 1, 1))
 
 
 # On torch, Keras's functions of two tensors cast float64 to float32; operators and these do not.

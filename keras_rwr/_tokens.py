@@ -188,8 +188,9 @@ def _read_square(mask: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, bool]:
     # The first token that a token sees begins its document.
     first = np.argmax(seen & past, axis=-1)
     meant = past & (first[:, :, None] == first[:, None, :]) & real[:, :, None] & real[:, None, :]
-    # What padding sees does not matter.
-    if not ((seen & past)[real] == meant[real]).all():
+    # Nothing sees padding; what padding sees does not matter.
+    wrong = (seen & past) != meant
+    if (wrong & (real[:, :, None] | ~real[:, None, :])).any():
         raise ValueError(
             f"`attention_mask` must have one of the shapes {_TAKEN}. Received: attention_mask of "
             f"shape {tuple(mask.shape)} that says something else"

@@ -18,7 +18,7 @@ _LARGEST_EXPONENT = 80.0  # within float32's range
 
 def restart_weights(options: Options, lens_strength: Tensor, dtype: str) -> Tensor:
     """`theta_t = gamma alpha (1 - alpha)^t`, a tensor of shape `(1, N or 1, 1, T + 1)`."""
-    gamma = ops.reshape(ops.cast(ops.convert_to_tensor(lens_strength), dtype), (1, -1, 1, 1))
+    gamma = ops.reshape(ops.convert_to_tensor(lens_strength, dtype=dtype), (1, -1, 1, 1))
     return gamma * ops.convert_to_tensor(options.restart_weights, dtype=dtype)
 
 

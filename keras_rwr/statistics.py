@@ -188,8 +188,8 @@ def _sequence_totals(inputs: Inputs, options: Options, is_causal: bool) -> Total
     }
     attention = full_attention(heads, number)
     linked = repeat_heads(linked, number)
-    found["attention_on_edges"] = _total(ops.sum(attention * linked, -1), real)
     found["hit_rate"] = (0.0, 0)
+    found["attention_on_edges"] = _total(ops.sum(attention * linked, -1), real)
     if options.topk > 0:
         far = ops.where(outside, attention, 0.0)
         _, top = ops.top_k(far, min(options.topk, size))

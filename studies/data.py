@@ -6,7 +6,7 @@ import lzma
 import math
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ class UsageError(ValueError):
 
 def read_text(path: Path, name: str = "dataset") -> str:
     """Text of one UTF-8 file, plain or compressed (.gz, .xz)."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener: Callable = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return file.read()
@@ -177,7 +177,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file that is never seen half written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # runs may share files
     with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     os.replace(temporary, path)
 
 

@@ -65,7 +65,7 @@ def test_a_run_is_checked_timed_and_written(tmp_path, variants):
         assert row["samples"] == 2
         assert row["ratio"] == 1 if row["peer"] == "keras" else row["ratio"] > 0
     assert {"device", "commit", "keras", "keras_rwr"} <= set(report["environment"])
-    assert report["refused"].keys() == {"rwr-triton", "rwr-pallas", "rwr-xla"} - {*OURS}
+    assert report["refused"].keys() == {"rwr-triton", "rwr-pallas"} - {*OURS}
 
     written, rows = write(report, tmp_path / "new" / "folder")
     assert json.loads(written.read_text())["results"] == report["results"]

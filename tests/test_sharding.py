@@ -72,8 +72,8 @@ def test_layout_map_divides_heads_and_hidden_units(mesh):
                 if axis is not None:
                     divided[axis].append(size)
     assert set(divided["batch"]) == {15}
-    # Three kernels with biases and two of LoRA's, the output's, and `lens_strength`; two kernels and
-    # a bias.
+    # Three kernels with biases and two of LoRA's, the output's, and `lens_strength`; two kernels
+    # and a bias.
     assert sorted(divided["model"]) == 10 * [3] + 3 * [7]
     assert len(divided["batch"]) == 2 + 6 + 2
 

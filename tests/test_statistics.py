@@ -1,23 +1,20 @@
 """The graph and walk statistics, against loops over dense matrices."""
 
 import csv
+import dataclasses
 import math
 
 import keras
 import numpy as np
+import oracle
 import pytest
 from helpers import numpy
+from keras import ops
 
 import keras_rwr
-from keras_rwr import RWRConfig
 from keras_rwr.ablation import build_backbone
-from keras_rwr.statistics import (
-    full_attention,
-    hit_totals,
-    matrix_totals,
-    means,
-    walk_statistics,
-)
+from keras_rwr.options import Options
+from keras_rwr.statistics import attention_statistics, record_calls, walk_statistics
 
 SIZES = {
     "vocabulary_size": 29,
@@ -32,54 +29,93 @@ NAMES = ["degree", "edges", "outside_window", "entropy", "isolated"]
 HITS = ["hit_rate", "attention_on_edges"]
 
 
-def looped_statistics(weights, walk, real, config):
-    values = {name: [] for name in NAMES}
-    batch, heads, size, _ = weights.shape
-    for n in range(batch):
-        for h in range(heads):
-            for i in range(size):
-                if not real[n, i]:
-                    continue
-                degree = math.fsum(weights[n, h, i])
-                floor = 1e-6 if config.edge_weight == "cosine" else 0.0
-                values["isolated"].append(float(degree <= floor))
-                if degree > floor:
-                    values["degree"].append(degree)
-                values["edges"].append(sum(w > 0 for w in weights[n, h, i]))
-                mass = math.fsum(walk[n, h, i])
-                far = [walk[n, h, i, j] for j in range(size) if abs(i - j) > config.window]
-                values["outside_window"].append(math.fsum(far) / mass)
-                shares = [r / mass for r in walk[n, h, i] if r > 0]
-                values["entropy"].append(-math.fsum(p * math.log(p) for p in shares))
+def looped(call, options):
+    """All statistics of a recorded call by loops over the oracle's matrices."""
+    inputs = call.inputs
+    query, key = numpy(inputs.query), numpy(inputs.key)
+    batch, size, heads, features = query.shape
+    real = numpy(inputs.padding_mask).astype(bool)
+    u = None if inputs.discoverability is None else ops.convert_to_numpy(inputs.discoverability)
+    kappa = np.float64(numpy(ops.convert_to_tensor(inputs.concentration)))
+    names = set(oracle.Options.__dataclass_fields__) & set(Options.names())
+    known = oracle.Options(
+        **{name: getattr(options, name) for name in names}, is_causal=call.is_causal
+    )
+    graphs = oracle.graphs(
+        query, key, known, concentration=kappa, discoverability=u, padding_mask=real
+    )
+    theta = oracle.restart_weights(known)
+    values = {name: [] for name in (*NAMES, *HITS)}
+    for b, n in np.ndindex(batch, heads):
+        graph = graphs[b][n]
+        walk = oracle.walk_matrix(graph.transition, theta)
+        if options.is_reciprocal:
+            mass, beta = sum(theta), options.reciprocal_beta
+            walk = oracle.reciprocal_matrix(walk, graph.stationary, mass, beta)
+        for i in np.flatnonzero(real[b]):
+            seen = [j for j in range(size) if real[b, j] and (j <= i or not call.is_causal)]
+            linked = [j for j in seen if graph.symmetric[i, j] > 0]
+            values["isolated"].append(float(not linked))
+            if linked:
+                values["degree"].append(graph.degree[i])
+            values["edges"].append(len(linked))
+            shares = walk[i] / walk[i].sum()
+            far = [j for j in seen if abs(i - j) > options.window]
+            values["outside_window"].append(math.fsum(shares[far]))
+            values["entropy"].append(-math.fsum(p * math.log(p) for p in shares if p > 0))
+            scores = np.exp([query[b, i, n] @ key[b, j, n] / features**0.5 for j in seen])
+            attention = dict(zip(seen, scores / scores.sum(), strict=True))
+            values["attention_on_edges"].append(math.fsum(attention[j] for j in linked))
+            if len(far) >= options.topk:
+                top = sorted(far, key=lambda j: -attention[j])[: options.topk]
+                values["hit_rate"].append(np.mean([j in linked for j in top]))
     return {name: float(np.mean(value)) for name, value in values.items()}
 
 
-def of(totals):
-    """The means of one part."""
-    return means({name: [part] for name, part in totals.items()})
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("step", ["R1", "R3", "R4"])
+def test_statistics_equal_loops(step, is_causal):
+    """Sequences of different lengths count by their tokens: no mean of means."""
+    options = {"window": 2, "topk": 4, "neighbor_block": 1}
+    options |= {"use_discoverability": True} if step == "R3" else {}
+    options |= {"R1": {}, "R3": {"reversible": True}, "R4": {"edge_weight": "exponential"}}[step]
+    layer = keras_rwr.RWRAttention(3, 5, **options)
+    x = np.random.default_rng(3).normal(size=(2, 13, 6)).astype("float32")
+    real = np.arange(13)[None, :] < np.array([[13], [5]])
+    layer.build(x.shape, x.shape)
+    for weight in layer.extra_weights:
+        if weight.name == "discoverability":
+            weight.assign(np.random.default_rng(4).normal(size=weight.shape))
+    with record_calls(layer) as calls:
+        layer(x, x, attention_mask=real, use_causal_mask=is_causal)
+    (call,) = calls
+    found = attention_statistics(call)
+    for name, value in looped(call, layer.options).items():
+        assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("edge_weight", ["cosine", "exponential"])
-def test_matrix_statistics_equal_loops(edge_weight):
-    rng = np.random.default_rng(3)
-    shape = (2, 3, 11, 11)
-    weights = np.where(rng.random(shape) < 0.4, rng.random(shape), 0.0)
-    weights[0, 0, 5] = 0.0
-    weights[1, 2, 7] = 1e-9
-    walk = np.where(rng.random(shape) < 0.7, rng.random(shape), 0.0) + 0.1 * np.eye(11)
-    real = np.arange(11)[None, :] < np.array([[11], [8]])
-    config = RWRConfig(window=2, topk=0, edge_weight=edge_weight)
-    expected = looped_statistics(weights, walk, real, config)
-    actual = of(matrix_totals(weights, walk, real, config))
-    assert actual == pytest.approx(expected, rel=1e-6)
+def test_keys_come_from_the_input_for_keys():
+    layer = keras_rwr.RWRAttention(2, 5, window=2, topk=4, neighbor_block=1)
+    query, key = np.random.default_rng(3).normal(size=(2, 1, 13, 6)).astype("float32")
+    with record_calls(layer) as calls:
+        layer(query, key)
+    np.testing.assert_allclose(numpy(calls[0].inputs.key), numpy(layer.key_dense(key)), rtol=1e-6)
+    same = keras_rwr.statistics.RecordedCall(
+        layer, dataclasses.replace(calls[0].inputs, key=layer.key_dense(query)), False
+    )
+    found, other = attention_statistics(calls[0]), attention_statistics(same)
+    assert abs(found["degree"] - other["degree"]) > 1e-3
 
 
-def test_no_token_has_a_neighbor():
-    nothing = np.zeros((1, 1, 3, 3))
-    real = np.ones((1, 3), bool)
-    walk = 0.5 * np.eye(3)[None, None]
-    actual = of(matrix_totals(nothing, walk, real, RWRConfig(window=1)))
-    assert actual == dict.fromkeys(NAMES, 0.0) | {"isolated": 1.0}
+def test_hop_weights_of_a_gated_walk():
+    options = {"window": 2, "topk": 2, "neighbor_block": 1, "steps": 2, "stopping": "gated"}
+    layer = keras_rwr.RWRAttention(2, 5, **options)
+    x = np.random.default_rng(3).normal(size=(2, 9, 6)).astype("float32")
+    with record_calls(layer) as calls:
+        layer(x, x)
+    found = attention_statistics(calls[0])
+    assert [found[f"hop_{t}"] for t in range(3)] == [0.5, 1.0, 0.5]
+    assert "lens_strength" not in found
 
 
 def tokens():
@@ -102,7 +138,7 @@ def test_each_layer_has_statistics_in_their_ranges(step):
         assert 0 < statistics["hit_rate"] < 1
         assert 0 < statistics["attention_on_edges"] < 1
         assert statistics["lens_strength"] == pytest.approx(0.3)
-        assert statistics.get("concentration", 20.0) == 20.0
+        assert statistics.get("concentration", 20.0) == pytest.approx(20.0)
         assert 0 < statistics["degree"] <= statistics["edges"] * math.exp(8)
         # the token itself, three before it, two blocks of four; a walk reaches further
         assert 1 <= statistics["edges"] <= 12
@@ -144,48 +180,15 @@ def test_padding_does_not_count():
 
 def test_bad_input():
     with pytest.raises(
-        ValueError, match=r"must call an RWRAttention\. Received: model=GPT2Backbone"
+        ValueError, match=r"must call an RWRAttention with `steps` > 0\. Received: model=GPT2Back"
     ):
         walk_statistics(build_backbone("R0", **SIZES), probe(tokens()))
     backbone = build_backbone("R1", {"window": 15}, **SIZES)
     with pytest.raises(ValueError, match=r"must have a real token.*\(2, 23\)"):
         walk_statistics(backbone, probe(tokens(), np.zeros((2, 23))))
     # What it did to the layers is undone.
-    assert not any("call" in vars(layer) for layer in backbone._flatten_layers())
-
-
-def looped_hits(linked, attention, real, config):
-    hits, kept = [], []
-    batch, heads, size, _ = linked.shape
-    for b in range(batch):
-        for n in range(heads):
-            for i in np.flatnonzero(real[b]):
-                row = attention[b, n, i]
-                kept.append(math.fsum(row[linked[b, n, i]]))
-                far = [j for j in range(size) if abs(i - j) > config.window and row[j] > 0]
-                if len(far) >= config.topk:
-                    top = sorted(far, key=lambda j: -row[j])[: config.topk]
-                    hits.append(np.mean([linked[b, n, i, j] for j in top]))
-    return {"hit_rate": np.mean(hits), "attention_on_edges": np.mean(kept)}
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_hits_equal_loops(is_causal):
-    rng = np.random.default_rng(7)
-    query, key = rng.standard_normal((2, 2, 13, 3, 5)).astype("float32")
-    real = np.arange(13) < np.array([[13], [9]])
-    attention = numpy(full_attention(query, key, real, is_causal))
-    for b, n, i in np.ndindex(2, 3, 13):
-        seen = [j for j in range(13) if real[b, j] and (j <= i or not is_causal)]
-        scores = np.exp([query[b, i, n] @ key[b, j, n] / 5**0.5 for j in seen])
-        np.testing.assert_allclose(attention[b, n, i, seen], scores / scores.sum(), rtol=1e-5)
-        assert attention[b, n, i].sum() == pytest.approx(1.0)
-    weights = rng.random(attention.shape) * (rng.random(attention.shape) < 0.6)
-    config = RWRConfig(window=2, topk=4, neighbor_block=1)
-    found = of(hit_totals(weights, attention, real, config))
-    assert found == pytest.approx(looped_hits(weights > 0, attention, real, config), rel=1e-6)
-    nowhere = of(hit_totals(weights, attention, real, RWRConfig(window=2, topk=0)))
-    assert nowhere["hit_rate"] == 0.0
+    walks = [layer.walk for layer in backbone._flatten_layers() if hasattr(layer, "walk")]
+    assert walks and not any("inputs" in vars(walk) for walk in walks)
 
 
 # --- any model, and in training ------------------------------------------------------------------
