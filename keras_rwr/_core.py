@@ -167,10 +167,10 @@ class WalkCore(keras.layers.Layer):
         sizes = self.sizes(key.shape[2], value.shape[-1])
         _decoding.check_cache(cache, self.options, sizes, query.shape[0], id(self))
         length = query.shape[1]
-        if length is None:
+        if not length:
             raise ValueError(
-                "`query` must have a known length in cached decoding. "
-                f"Received: query of shape {tuple(query.shape)}"
+                "`query` must have a known length, of one token at least, in cached decoding. "
+                f"Received: query of shape {tuple(x.shape)}"
             )
         index = _decoding.check_index(index, length, cache.key.shape[2])
         masks = Masks(None, None, True)

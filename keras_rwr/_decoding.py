@@ -16,15 +16,17 @@ import numbers
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_rwr import _reference, _sharding
 from keras_rwr._attend import Heads, Inputs
-from keras_rwr._checks import compatible, is_tensor
+from keras_rwr._checks import compatible, has_values, is_tensor
 from keras_rwr._far import NEGATIVE, best_columns, block_rows
 from keras_rwr._local import attend_locally
 from keras_rwr._select import block_means
 from keras_rwr._tensors import (
+    contain,
     head_major,
     key_bias,
     log_add,
@@ -188,32 +190,36 @@ def check_cache(cache: Any, options: Options, sizes: Sizes, batch: Any, owner: i
 
 
 def check_index(index: Any, length: int, rows: int) -> Any:
-    """The position of the first new token, as an int or an int32 tensor.
+    """The position of the first new token: an int, or an int32 tensor where it is not known yet.
 
     Raises:
         TypeError: If it is no integer.
         ValueError: If it leaves no room for `length` tokens.
     """
-    if isinstance(index, numbers.Integral) and not isinstance(index, bool):
-        index = int(index)
-        if not 0 <= index <= rows - length:
+    if isinstance(index, np.ndarray) and index.dtype.kind in "iu":
+        index = ops.convert_to_tensor(index)
+    if is_tensor(index) and keras.backend.is_int_dtype(index.dtype):
+        if tuple(index.shape) != ():
             raise ValueError(
-                f"`cache_update_index` must leave room for {length} tokens in a cache of {rows} "
-                f"positions. Received: cache_update_index={index}"
+                "`cache_update_index` must be one number. "
+                f"Received: cache_update_index of shape {tuple(index.shape)}"
             )
-        return index
-    is_index = is_tensor(index) or hasattr(index, "dtype")
-    if not is_index or not keras.backend.is_int_dtype(keras.backend.standardize_dtype(index.dtype)):
+        index = ops.convert_to_tensor(index)
+        if not has_values(index):
+            return ops.cast(index, "int32")
+        index = int(ops.convert_to_numpy(index))
+    if not isinstance(index, numbers.Integral) or isinstance(index, bool):
         raise TypeError(
             "`cache_update_index` must be an integer or an integer tensor. "
             f"Received: cache_update_index={index!r}"
         )
-    if tuple(index.shape) != ():
+    index = int(index)
+    if not 0 <= index <= rows - length:
         raise ValueError(
-            "`cache_update_index` must be one number. "
-            f"Received: cache_update_index of shape {tuple(index.shape)}"
+            f"`cache_update_index` must leave room for {length} tokens in a cache of {rows} "
+            f"positions. Received: cache_update_index={index}"
         )
-    return ops.cast(index, "int32")
+    return index
 
 
 def attend(
@@ -254,10 +260,12 @@ def attend(
         layouts = tuple(
             theta if name == "hop_weights" else x for name, x in zip(names, layouts, strict=True)
         )
+    # What all heads share is the same on every device.
+    of_cached = tuple("b1rf" if x.shape[1] == 1 else "bnrf" for x in rows.values())
     run = _sharding.over_devices(
         _on_device,
-        (*layouts, *("bnrf" for _ in cached), ""),
-        ("bsnh", *("bnrf" for _ in cached)),
+        (*layouts, *of_cached, ""),
+        ("bsnh", *of_cached),
         function,
         options,
         sizes,
@@ -562,8 +570,8 @@ def _dense_step(
 
 
 def _vectors(x: Tensor, heads: Heads) -> Tensor:
-    """Plain vectors `(B, T, n, F)` with heads first."""
-    return head_major(x, heads.query.dtype)
+    """Plain vectors `(B, T, n, F)` with heads first; 0 where not finite, as in `Heads`."""
+    return contain(head_major(x, heads.query.dtype))[0]
 
 
 def _column_bias(keys: Tensor, discoverability: Tensor) -> Tensor:

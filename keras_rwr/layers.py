@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_rwr._attend import attend, attention_matrix
-from keras_rwr._checks import check_bool, check_int, check_per_head
+from keras_rwr._checks import check_bool, check_int, check_per_head, is_tensor
 from keras_rwr._core import WalkCore
 from keras_rwr._decoding import WalkCache
 from keras_rwr._tokens import Masks, check_sequences, read_masks
@@ -322,6 +322,7 @@ class RWRAttention(keras.layers.MultiHeadAttention):
             self._value_dense(value),  # (B, S, N, value_dim)
         )
         if cache is None:
+            _check_no_index(cache_update_index)
             if graph is not None:
                 check_fits(graph, heads[0], self._num_heads, self.options, call)
             seed = self._dropout_layer.seed_generator.next() if call.dropout > 0 else None
@@ -351,14 +352,22 @@ class RWRAttention(keras.layers.MultiHeadAttention):
             A `WalkCache`, for the call argument `cache`.
 
         Raises:
-            ValueError: If `length` is too small.
-            TypeError: If `length` is no int.
+            ValueError: If a size is too small.
+            TypeError: If a size is no int.
         """
         check_int("length", length, minimum=1)
-        if isinstance(batch_size, (bool, float, str)) or batch_size is None:
-            raise TypeError(f"`batch_size` must be an int. Received: batch_size={batch_size!r}")
+        if not is_tensor(batch_size):
+            check_int("batch_size", batch_size, minimum=0)
         heads, value_dim = self._num_heads, self._value_dim
         return self.walk.empty_cache(batch_size, length, heads, value_dim, self.compute_dtype)
+
+    def save_own_variables(self, store: Any) -> None:
+        if self.walk.weights:
+            # `MultiHeadAttention` refuses a file with something that it has no place for.
+            store["walk_weights"] = ops.convert_to_numpy(len(self.walk.weights))
+
+    def load_own_variables(self, store: Any) -> None:
+        """Its own weights are those of its sublayers."""
 
     @property
     def extra_weights(self) -> list[keras.Variable]:
@@ -392,6 +401,7 @@ class RWRAttention(keras.layers.MultiHeadAttention):
             raise ValueError(
                 f"`cache` must be `None` in a symbolic call. Received: cache={type(cache).__name__}"
             )
+        _check_no_index(cache_update_index)
         masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
         read_masks(query, use_causal_mask, attention_mask, segment_ids, **masks)
         Call(use_causal_mask).check(self.options, segment_ids is not None)
@@ -415,6 +425,15 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     for name, (allowed, rule) in rules.items():
         if arguments[name] not in allowed:
             raise ValueError(f"`{name}` must {rule}. Received: {name}={arguments[name]}")
+
+
+def _check_no_index(cache_update_index: Any) -> None:
+    """Checks a call without a cache."""
+    if cache_update_index is not None:
+        raise ValueError(
+            "`cache_update_index` must be `None` without `cache`. "
+            f"Received: cache_update_index={cache_update_index}"
+        )
 
 
 def _check_cached_call(

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rwr import _reference
 from keras_rwr._attend import Heads, Inputs
@@ -84,18 +85,18 @@ class RecordedCall:
     is_causal: bool
 
     def sequences(self) -> Iterator[Inputs]:
-        """The inputs of one sequence after another, without padding masks of `None`."""
-        batch, size = ops.shape(self.inputs.query)[:2]
-        whole = self.inputs
-        if whole.padding_mask is None:
-            whole = dataclasses.replace(whole, padding_mask=ops.ones((batch, size), "bool"))
-        shared = ("concentration", "lens_strength", "discoverability", "seed", "graph")
+        """The inputs of one sequence after another, or of all at once with a caller's graph."""
+        if self.inputs.graph is not None:
+            yield self.inputs
+            return
+        batch = ops.shape(self.inputs.query)[0]
+        shared = ("concentration", "lens_strength", "discoverability", "seed")
         for entry in range(batch):
             tensors = {
                 name: x
                 if x is None or name in shared or (name == "hop_weights" and len(x.shape) < 4)
                 else x[entry : entry + 1]
-                for name, x in whole.tensors().items()
+                for name, x in self.inputs.tensors().items()
             }
             yield Inputs(**tensors)
 
@@ -130,7 +131,9 @@ def record_calls(model: keras.layers.Layer) -> Iterator[list[RecordedCall]]:
 
         def record(x: Tensor, query: Tensor, key: Tensor, value: Tensor, masks: Masks, *others):
             inputs = make_inputs(x, query, key, value, masks, *others)
-            calls.append(RecordedCall(layer, inputs, masks.is_causal))
+            # Keras builds a model by calling it without numbers.
+            if not in_symbolic_scope():
+                calls.append(RecordedCall(layer, inputs, masks.is_causal))
             return inputs
 
         return record
@@ -148,17 +151,16 @@ def record_calls(model: keras.layers.Layer) -> Iterator[list[RecordedCall]]:
 
 def attention_statistics(call: RecordedCall) -> dict[str, float]:
     """The statistics of a `RecordedCall`; see `walk_statistics`."""
-    options = call.layer.options
+    options, query, mask = call.layer.options, call.inputs.query, call.inputs.padding_mask
+    if 0 in query.shape or (mask is not None and not ops.any(mask)):
+        raise ValueError(
+            "`inputs` must have a real token. "
+            f"Received: none in a query of shape {tuple(query.shape)}"
+        )
     totals: dict[str, list] = {}
     for inputs in call.sequences():
         for name, part in _sequence_totals(inputs, options, call.is_causal).items():
             totals.setdefault(name, []).append(part)
-    if not any(number for _, number in totals["entropy"]):
-        mask = call.inputs.padding_mask
-        raise ValueError(
-            "`inputs` must have a real token. "
-            f"Received: a padding mask of shape {tuple(mask.shape)} without one"
-        )
     return _means(totals)
 
 

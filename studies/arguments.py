@@ -26,7 +26,7 @@ DEFAULTS = {
     "vocabulary_size": 512,
     "dropout": 0.0,
     "batch_size": 4,
-    "training_steps": 600,
+    "training_steps": 500,
     "evaluate_every": 100,
     "validation_tokens": 8192,
     "learning_rate": 6e-3,

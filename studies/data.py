@@ -25,7 +25,8 @@ class UsageError(ValueError):
 
 def read_text(path: Path, name: str = "dataset") -> str:
     """Text of one UTF-8 file, plain or compressed (.gz, .xz)."""
-    opener: Callable = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    openers: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+    opener = openers.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return file.read()

@@ -302,7 +302,7 @@ NO_INDICES = {
 @pytest.mark.parametrize("kind", NO_INDICES)
 def test_an_index_is_an_integer_within_the_cache(kind):
     with pytest.raises(
-        (TypeError, ValueError), match="`cache_update_index` must .*Received: cache_"
+        (TypeError, ValueError), match=r"`cache_update_index` must .*Received: cache_"
     ):
         cached(make_layer(), cache_update_index=NO_INDICES[kind])
 
@@ -310,7 +310,7 @@ def test_an_index_is_an_integer_within_the_cache(kind):
 @pytest.mark.parametrize("index", [2.0, True, [2], -1, 24])
 def test_an_index_tensor_is_an_integer_within_the_cache(index):
     with pytest.raises(
-        (TypeError, ValueError), match="`cache_update_index` must .*Received: cache_"
+        (TypeError, ValueError), match=r"`cache_update_index` must .*Received: cache_"
     ):
         cached(make_layer(), cache_update_index=ops.convert_to_tensor(index))
 
@@ -388,9 +388,9 @@ def test_an_index_needs_a_cache():
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_no_tokens_are_refused(index):
-    with pytest.raises(ValueError, match="`query` must have at least one token in cached decoding"):
-        layer, x = make_layer(), make_inputs()[:, :0]
-        cache = layer.empty_cache(BATCH, LENGTH)
+    layer, x = make_layer(), make_inputs()[:, :0]
+    cache = layer.empty_cache(BATCH, LENGTH)
+    with pytest.raises(ValueError, match=r"`query` must have a known length.*of shape \(3, 0"):
         layer(x, x, use_causal_mask=True, cache=cache, cache_update_index=index)
 
 

@@ -47,7 +47,7 @@ def finished(finetune, tmp_path_factory):
 def test_a_run_learns_and_saves_a_preset(finished):
     folder, measured = finished
     assert list(measured) == ["stock", "converted", "fine-tuned"]
-    assert 4 < measured["fine-tuned"] < measured["converted"] < 2000
+    assert 4 < measured["fine-tuned"] < measured["converted"] / 2
     task = RWRGPT2CausalLM.from_preset(str(folder / "model"))
     assert task.backbone.rwr_options["window"] == WINDOW
     assert task.backbone.rwr_options["edge_weight"] == "exponential"

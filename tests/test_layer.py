@@ -281,18 +281,16 @@ def test_an_untrained_graph_links_a_token_to_what_followed_it_before(graph_heads
 
 
 def test_two_steps_of_an_untrained_graph_follow_two_links():
-    # Before the last A stood "A B", before it "B C": the first step leads to B, the second to C.
-    tokens = np.array([1, 2, 0, 3, 0, 4, 5, 1, 6, 7, 8, 0])
-    layer = RWRAttention(
-        HEADS, KEY_DIM, **{**R5, "graph_dim": 16, "steps": 2, "topk": 1, "window": 0}
-    )
+    """The second 0 leads to the 1 behind the first, and that to the 2 behind the first 1."""
+    tokens = np.array([1, 2, 3, 4, 0, 1, 5, 6, 7, 0])
+    options = {**R5, "graph_dim": 16, "steps": 2, "topk": 1, "window": 0}
+    layer = RWRAttention(HEADS, KEY_DIM, **options)
     x = np.eye(DIM, dtype="float32")[tokens][None]
     _, scores = layer(x, x, use_causal_mask=True, return_attention_scores=True)
-    last = numpy(scores)[0, :, -1]
-    # LOCAL and no step, one step to the 3 after the first 0. It is no repetition, so the second
-    # step stays there only if no edge is better; both steps have the weights 1 and 0.5.
-    assert_same(last[:, -1], np.full(HEADS, 1.5), atol=1e-5)
-    assert (last[:, 3] > 0.9).all()
+    expected = np.zeros((HEADS, len(tokens)))
+    expected[:, 9] = 1.0 + 0.5  # LOCAL and no step
+    expected[:, 5], expected[:, 1] = 1.0, 0.5
+    assert_same(numpy(scores)[0, :, 9], expected, atol=1e-5)
 
 
 def test_weights_and_their_paths():

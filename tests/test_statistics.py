@@ -1,19 +1,28 @@
 """The graph and walk statistics, against loops over dense matrices."""
 
 import csv
-import dataclasses
 import math
 
 import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import numpy
-from keras import ops
+from test_layer import (
+    BATCH,
+    EXTRAS,
+    LENGTH,
+    R5,
+    SEGMENTS,
+    SMALL,
+    Expected,
+    built,
+    layer_of,
+    make_inputs,
+    numpy,
+)
 
 import keras_rwr
 from keras_rwr.ablation import build_backbone
-from keras_rwr.options import Options
 from keras_rwr.statistics import attention_statistics, record_calls, walk_statistics
 
 SIZES = {
@@ -29,93 +38,168 @@ NAMES = ["degree", "edges", "outside_window", "entropy", "isolated"]
 HITS = ["hit_rate", "attention_on_edges"]
 
 
-def looped(call, options):
-    """All statistics of a recorded call by loops over the oracle's matrices."""
-    inputs = call.inputs
-    query, key = numpy(inputs.query), numpy(inputs.key)
-    batch, size, heads, features = query.shape
-    real = numpy(inputs.padding_mask).astype(bool)
-    u = None if inputs.discoverability is None else ops.convert_to_numpy(inputs.discoverability)
-    kappa = np.float64(numpy(ops.convert_to_tensor(inputs.concentration)))
-    names = set(oracle.Options.__dataclass_fields__) & set(Options.names())
-    known = oracle.Options(
-        **{name: getattr(options, name) for name in names}, is_causal=call.is_causal
+class Masked(keras.Model):
+    """One layer and its masks."""
+
+    def __init__(self, layer, is_causal):
+        super().__init__()
+        self.attention = layer
+        self.is_causal = is_causal
+
+    def call(self, inputs):
+        return self.attention(
+            inputs["query"],
+            inputs["value"],
+            attention_mask=inputs.get("padding_mask"),
+            segment_ids=inputs.get("segment_ids"),
+            use_causal_mask=self.is_causal,
+        )
+
+
+def looped(layer, inputs, is_causal):
+    """Lists of all that each statistic is the mean of, by loops over the oracle's matrices."""
+    masks = {name: inputs[name] for name in ("padding_mask", "segment_ids") if name in inputs}
+    known = Expected(layer, inputs["query"], inputs["value"], is_causal=is_causal, **masks)
+    options = known.options
+    batch, size, heads, features = known.query.shape
+    graphs = oracle.graphs(known.query, known.key, options, **known.graph)
+    theta = oracle.hop_weights_of_tokens(
+        options, known.theta.get("hop_weights"), (batch, size, heads)
     )
-    graphs = oracle.graphs(
-        query, key, known, concentration=kappa, discoverability=u, padding_mask=real
-    )
-    theta = oracle.restart_weights(known)
+    labels = oracle.token_labels((batch, size), **masks)
     values = {name: [] for name in (*NAMES, *HITS)}
+    if "hop_weights" in known.theta:
+        values |= {
+            f"hop_{t}": theta[labels != oracle.PADDING][..., t] for t in range(theta.shape[-1])
+        }
+    else:
+        values["lens_strength"] = known.theta["lens_strength"]
+    if options.edge_weight == "exponential":
+        values["concentration"] = known.graph["concentration"]
+
+    for b, row in enumerate(graphs):
+        for graph in row:
+            linked = graph.symmetric > 0
+            for i in np.flatnonzero(labels[b] != oracle.PADDING):
+                values["isolated"].append(float(not linked[i].any()))
+                values["edges"].append(linked[i].sum())
+                if linked[i].any():
+                    values["degree"].append(graph.degree[i])
     for b, n in np.ndindex(batch, heads):
-        graph = graphs[b][n]
-        walk = oracle.walk_matrix(graph.transition, theta)
-        if options.is_reciprocal:
-            mass, beta = sum(theta), options.reciprocal_beta
-            walk = oracle.reciprocal_matrix(walk, graph.stationary, mass, beta)
-        for i in np.flatnonzero(real[b]):
-            seen = [j for j in range(size) if real[b, j] and (j <= i or not call.is_causal)]
+        graph = graphs[b][n * len(graphs[b]) // heads]
+        _, walk = oracle.forward_and_mixed_walk(graph, options, theta[b, :, n])
+        for i in np.flatnonzero(labels[b] != oracle.PADDING):
+            seen = [j for j in range(size) if oracle.is_valid(i, j, labels[b], options)]
             linked = [j for j in seen if graph.symmetric[i, j] > 0]
-            values["isolated"].append(float(not linked))
-            if linked:
-                values["degree"].append(graph.degree[i])
-            values["edges"].append(len(linked))
-            shares = walk[i] / walk[i].sum()
+            shares = np.abs(walk[i]) / np.abs(walk[i]).sum()
             far = [j for j in seen if abs(i - j) > options.window]
             values["outside_window"].append(math.fsum(shares[far]))
             values["entropy"].append(-math.fsum(p * math.log(p) for p in shares if p > 0))
-            scores = np.exp([query[b, i, n] @ key[b, j, n] / features**0.5 for j in seen])
-            attention = dict(zip(seen, scores / scores.sum(), strict=True))
+            logits = [known.query[b, i, n] @ known.key[b, j, n] / features**0.5 for j in seen]
+            attention = dict(zip(seen, oracle.softmax(logits), strict=True))
             values["attention_on_edges"].append(math.fsum(attention[j] for j in linked))
-            if len(far) >= options.topk:
+            if len(far) >= options.topk > 0:
                 top = sorted(far, key=lambda j: -attention[j])[: options.topk]
                 values["hit_rate"].append(np.mean([j in linked for j in top]))
-    return {name: float(np.mean(value)) for name, value in values.items()}
+    return values
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("step", ["R1", "R3", "R4"])
-def test_statistics_equal_loops(step, is_causal):
-    """Sequences of different lengths count by their tokens: no mean of means."""
-    options = {"window": 2, "topk": 4, "neighbor_block": 1}
-    options |= {"use_discoverability": True} if step == "R3" else {}
-    options |= {"R1": {}, "R3": {"reversible": True}, "R4": {"edge_weight": "exponential"}}[step]
-    layer = keras_rwr.RWRAttention(3, 5, **options)
-    x = np.random.default_rng(3).normal(size=(2, 13, 6)).astype("float32")
-    real = np.arange(13)[None, :] < np.array([[13], [5]])
-    layer.build(x.shape, x.shape)
-    for weight in layer.extra_weights:
-        if weight.name == "discoverability":
-            weight.assign(np.random.default_rng(4).normal(size=weight.shape))
-    with record_calls(layer) as calls:
-        layer(x, x, attention_mask=real, use_causal_mask=is_causal)
-    (call,) = calls
-    found = attention_statistics(call)
-    for name, value in looped(call, layer.options).items():
-        assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+STATISTICS = {
+    "R1": ({}, False),
+    "R1 causal": ({}, True),
+    "R3": ({"reversible": True, "reciprocal_beta": 0.7, "use_discoverability": True}, True),
+    "R4": ({"edge_weight": "exponential", "trainable_lens": True}, False),
+    "R5": (EXTRAS, True),
+    "two graphs": ({**EXTRAS, "graph_heads": 2, "stopping": "learned", "reversible": True}, False),
+    "no neighbours": ({"topk": 0, "self_edges": False, "threshold": 0.3}, True),
+}
 
 
-def test_keys_come_from_the_input_for_keys():
-    layer = keras_rwr.RWRAttention(2, 5, window=2, topk=4, neighbor_block=1)
-    query, key = np.random.default_rng(3).normal(size=(2, 1, 13, 6)).astype("float32")
-    with record_calls(layer) as calls:
-        layer(query, key)
-    np.testing.assert_allclose(numpy(calls[0].inputs.key), numpy(layer.key_dense(key)), rtol=1e-6)
-    same = keras_rwr.statistics.RecordedCall(
-        layer, dataclasses.replace(calls[0].inputs, key=layer.key_dense(query)), False
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_equal_loops(name):
+    """Over the tokens of all sequences: those of a long one count for more."""
+    options, is_causal = STATISTICS[name]
+    layer = built(layer_of(**{"window": 2, "topk": 3, "neighbor_block": 1, **options}))
+    inputs = {
+        "query": make_inputs(),
+        "value": make_inputs(1),
+        "padding_mask": np.arange(LENGTH)[None] < np.array([[LENGTH], [6]]),
+        "segment_ids": SEGMENTS,
+    }
+    (found,) = walk_statistics(Masked(layer, is_causal), inputs)
+    expected = looped(layer, inputs, is_causal)
+    assert list(found) == list(expected)
+    for key, values in expected.items():
+        mean = np.mean(values) if np.size(values) else 0.0
+        assert found[key] == pytest.approx(mean, rel=2e-5, abs=1e-6), key
+    # Means of each sequence's means are others, and so are those with padding.
+    halves = [{k: x[b : b + 1] for k, x in inputs.items()} for b in range(BATCH)]
+    alone = [walk_statistics(Masked(layer, is_causal), half)[0] for half in halves]
+    for key in ("edges", "entropy"):
+        assert abs(np.mean([part[key] for part in alone]) - found[key]) > 1e-3
+
+
+def test_statistics_without_masks():
+    layer = built(layer_of(**R5))
+    inputs = {"query": make_inputs(), "value": make_inputs(1)}
+    (found,) = walk_statistics(Masked(layer, False), inputs)
+    for key, values in looped(layer, inputs, False).items():
+        assert found[key] == pytest.approx(np.mean(values), rel=2e-5, abs=1e-6), key
+
+
+def test_a_graph_made_before_the_call_counts_each_sequence():
+    layer = built(layer_of(edge_weight="exponential"))
+    x, real = make_inputs(), np.arange(LENGTH)[None] < np.array([[LENGTH], [9]])
+    graph = keras_rwr.graph.build_sparse_w(
+        layer.query_dense(x),
+        layer.key_dense(x),
+        edge_weight="exponential",
+        concentration=layer.walk.concentration,
+        padding_mask=real,
+        **SMALL,
     )
-    found, other = attention_statistics(calls[0]), attention_statistics(same)
-    assert abs(found["degree"] - other["degree"]) > 1e-3
-
-
-def test_hop_weights_of_a_gated_walk():
-    options = {"window": 2, "topk": 2, "neighbor_block": 1, "steps": 2, "stopping": "gated"}
-    layer = keras_rwr.RWRAttention(2, 5, **options)
-    x = np.random.default_rng(3).normal(size=(2, 9, 6)).astype("float32")
+    graph = keras_rwr.graph.normalize_to_p(graph)
     with record_calls(layer) as calls:
-        layer(x, x)
-    found = attention_statistics(calls[0])
-    assert [found[f"hop_{t}"] for t in range(3)] == [0.5, 1.0, 0.5]
-    assert "lens_strength" not in found
+        layer(x, x, attention_mask=real)
+        layer(x, x, attention_mask=real, graph=graph)
+    own, shared = (attention_statistics(call) for call in calls)
+    assert shared == pytest.approx(own, rel=1e-5)
+
+
+def test_isolated_tokens_have_no_edges():
+    """A causal graph of the window without self edges leaves the first token alone."""
+    options = {"window": 1, "topk": 0, "self_edges": False, "edge_weight": "exponential"}
+    layer = built(layer_of(**options, alpha=0.5, steps=1))
+    inputs = {"query": make_inputs(), "value": make_inputs()}
+    (found,) = walk_statistics(Masked(layer, True), inputs)
+    assert found["isolated"] == pytest.approx(1 / LENGTH)
+    assert found["edges"] == pytest.approx((LENGTH - 1) / LENGTH)
+    assert found["outside_window"] == found["hit_rate"] == 0.0
+    # The others stay with 2/3 and go one back with 1/3.
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    assert found["entropy"] == pytest.approx(entropy * (LENGTH - 1) / LENGTH, rel=1e-5)
+
+
+def test_calls_are_recorded_in_their_order():
+    first, second = layer_of(**R5), layer_of(steps=0)
+    x = make_inputs()
+
+    class Twice(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def call(self, x):
+            return self.first(self.second(self.first(x, x), x), x, use_causal_mask=True)
+
+    model = Twice()
+    with record_calls(model) as calls:
+        model(x)
+    assert [call.layer for call in calls] == [first, first]
+    assert [call.is_causal for call in calls] == [False, True]
+    np.testing.assert_allclose(numpy(calls[0].inputs.key), numpy(first.key_dense(x)), rtol=1e-5)
+    model(x)
+    assert len(calls) == 2
 
 
 def tokens():
@@ -179,13 +263,19 @@ def test_padding_does_not_count():
 
 
 def test_bad_input():
+    for model in ("model", None, lambda x: x):
+        with pytest.raises(TypeError, match=r"`model` must be a Keras layer\. Received: model="):
+            walk_statistics(model, probe(tokens()))
     with pytest.raises(
         ValueError, match=r"must call an RWRAttention with `steps` > 0\. Received: model=GPT2Back"
     ):
         walk_statistics(build_backbone("R0", **SIZES), probe(tokens()))
     backbone = build_backbone("R1", {"window": 15}, **SIZES)
-    with pytest.raises(ValueError, match=r"must have a real token.*\(2, 23\)"):
+    with pytest.raises(ValueError, match=r"must have a real token.*\(2, 23, 2, 6\)"):
         walk_statistics(backbone, probe(tokens(), np.zeros((2, 23))))
+    for shape in ((0, LENGTH, 6), (2, 0, 6)):
+        with pytest.raises(ValueError, match="must have a real token"):
+            walk_statistics(small_model(), np.zeros(shape, "float32"))
     # What it did to the layers is undone.
     walks = [layer.walk for layer in backbone._flatten_layers() if hasattr(layer, "walk")]
     assert walks and not any("inputs" in vars(walk) for walk in walks)
@@ -195,7 +285,7 @@ def test_bad_input():
 
 
 def small_model():
-    inputs = keras.Input((19, 6))
+    inputs = keras.Input((None, 6))
     options = {"window": 2, "topk": 4, "neighbor_block": 2}
     first = keras_rwr.RWRAttention(2, 3, **options)
     second = keras_rwr.RWRAttention(2, 3, edge_weight="exponential", trainable_lens=True, **options)

@@ -16,9 +16,9 @@ Tensor = Any
 class WalkCacheGeneration:
     """Cached generation for a `GPT2CausalLM` whose decoder blocks may have RWR attention.
 
-    The cache is a tuple with one entry a block: the tensors of a `WalkCache` by
-    name, or for a stock block KerasHub's tensor `(B, 2, S, N, H)`. KerasHub's samplers carry it
-    through their loops.
+    The cache is a tuple with one entry a block: the tensors of a `WalkCache` by name, or for a
+    stock block KerasHub's tensor `(B, 2, S, N, H)`. KerasHub's samplers carry it through their
+    loops.
     """
 
     backbone: Any

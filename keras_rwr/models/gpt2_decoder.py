@@ -153,9 +153,9 @@ def make_attention(
         and with weights of its own for the walk.
     """
     old = decoder._self_attention_layer
-    config = old.get_config()
-    # `implementation` takes its place.
-    config.pop("flash_attention", None)
+    # `implementation` takes the place of one; the other is set below, for all parts.
+    left_out = ("flash_attention", "trainable")
+    config = {name: x for name, x in old.get_config().items() if name not in left_out}
     new = RWRAttention(**{**config, "dtype": old.dtype_policy, **rwr_options})
     new._parent_path = old.path.rpartition("/")[0]
     shape = decoder._decoder_sequence_shape
