@@ -24,6 +24,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import keras
 import keras_hub
@@ -49,8 +50,14 @@ SIZES = {
     "warmup_steps": (200, "steps of learning-rate warm-up, at most half of --training-steps"),
 }
 WALK = {"window": 8, "topk": 8, "neighbor_block": 1, "steps": 4, "concentration": 8.0}
-SMALL = {"hops": 3, "tokens": 48, "training_steps": 300, "warmup_steps": 50, "positions": False}
-SMALL["seeds"] = [0, 1]
+SMALL: dict[str, Any] = {
+    "hops": 3,
+    "tokens": 48,
+    "training_steps": 300,
+    "warmup_steps": 50,
+    "positions": False,
+    "seeds": [0, 1],
+}
 TEST_SEED, TEST_BATCHES = 2**31, 16
 POOL = 1500  # training batches, which then come again
 
