@@ -42,8 +42,9 @@ CHECKS = {
     "mypy": ["mypy"],
 }
 
-# Tests that start processes of their own, with other backends or with none.
-ACROSS_BACKENDS = ("tests/cross_backend", "tests/devices", "tests/packaging")
+# Tests that run once: those that start processes of their own, with other backends or with none,
+# and those of studies and examples, which are the same on every backend.
+ACROSS_BACKENDS = ("tests/cross_backend", "tests/devices", "tests/packaging", "tests/programs")
 # Tests of kernels, which a process interprets from its start or not at all: for each backend the
 # process's name and its switch.
 KERNELS = "tests/kernels"

@@ -18,15 +18,13 @@ import sys
 import keras
 
 from benchmarks import frameworks, peers
-from benchmarks.cases import Case
+from benchmarks.cases import MODES, STEPS, Case
 from benchmarks.parity import check_parity, prepare
 from benchmarks.report import ROOT, align, environment
-from benchmarks.run import load_peers
+from benchmarks.run import load_peers, make_parser
 from keras_rwr._dispatch import current_device
-from keras_rwr.ablation import STEPS
 
 NAMES = ("rwr-triton", "torch-sdpa-flash", "torch-sdpa-cudnn", "torch-flex", "keras-gpt2")
-MODES = ("forward", "forward+backward")
 # What is counted, by what it tells: those that the chip has.
 METRICS = {
     "bytes": ("dram__bytes_read", "dram__bytes_write"),
@@ -49,7 +47,7 @@ def make_case(arguments, mode):
         head_size=arguments.head_size,
         dtype="bfloat16",
         gradients=mode == MODES[1],
-        options=dict(STEPS["R1"].options),
+        options=STEPS["R1"],
     )
 
 
@@ -142,12 +140,7 @@ def table(rows):
 
 def parse(arguments):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.counters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("counters", __doc__)
     parser.add_argument("--size", type=int, default=4096, help="tokens in a sequence (4096)")
     parser.add_argument("--tokens", type=int, default=32768, help="of a batch (32768)")
     parser.add_argument("--heads", type=int, default=12)

@@ -1,7 +1,7 @@
 """Measures one token's decoding: GPT-2 with RWR attention beside KerasHub's, with their caches.
 
     KERAS_BACKEND=jax python -m benchmarks.decode --out runs/benchmarks
-    KERAS_BACKEND=torch python -m benchmarks.decode --sizes 2048 8192 --step R4
+    KERAS_BACKEND=torch python -m benchmarks.decode --sizes 2048 8192 --step R5
 
 Tokens are decoded at the end of a cache that holds `context` positions and is filled with a text
 that long. They run in the loop that `generate` compiles on the backend, without sampling. A loop
@@ -10,7 +10,6 @@ difference between a long and a short loop, divided by the difference in tokens.
 the logits of both models' loops are compared with those of their forward pass.
 """
 
-import argparse
 import math
 import pathlib
 import sys
@@ -21,11 +20,12 @@ import numpy as np
 from keras import ops, tree
 
 from benchmarks import frameworks
+from benchmarks.cases import STEPS
 from benchmarks.measure import summarize
 from benchmarks.parity import TOLERANCES, ParityError, largest_error
 from benchmarks.report import align, environment, write
-from benchmarks.run import on_device, option
-from keras_rwr.ablation import STEPS
+from benchmarks.run import add_options, count, make_parser, on_device
+from keras_rwr import ablation
 from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
 
 VARIANTS = {"torch": "eager", "jax": "jit", "tensorflow": "xla"}  # what `generate` does
@@ -47,7 +47,7 @@ def make_models(arguments, context, options):
     Args:
         arguments: Namespace with "layers", "heads" and "head_size".
         context: Int, number of positions.
-        options: Dict of the options of RWR attention.
+        options: Dict of the options of RWR attention, and which layers have it.
     """
     keras.utils.set_random_seed(20061)
     width = arguments.heads * arguments.head_size
@@ -283,33 +283,19 @@ def table(rows):
 
 def parse(arguments):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("decode", __doc__)
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[512, 2048, 8192],
+        "--sizes", type=count, nargs="+", default=[512, 2048, 8192],
         help="contexts: positions of the cache, at whose end is decoded (512 2048 8192)",
     )  # fmt: skip
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a sample (64)")
-    parser.add_argument("--repeat", type=int, default=10, help="turns (10)")
-    parser.add_argument(
-        "--step", choices=[x for x in STEPS if x != "R0"], default="R1", help="ablation step (R1)"
-    )
-    parser.add_argument(
-        "--option", type=option, nargs="+", default=[], metavar="NAME=VALUE",
-        help="replaces an option of the step",
-    )  # fmt: skip
+    parser.add_argument("--layers", type=count, default=2)
+    parser.add_argument("--heads", type=count, default=4)
+    parser.add_argument("--head-size", type=count, default=64)
+    parser.add_argument("--tokens", type=count, default=64, help="tokens a sample (64)")
+    parser.add_argument("--repeat", type=count, default=10, help="turns (10)")
+    add_options(parser)
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and CSV")
     parsed = parser.parse_args(arguments)
-    for name in ("layers", "heads", "head_size", "tokens", "repeat"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"{name} must be at least 1. Received: {getattr(parsed, name)}")
     least = parsed.tokens + SHORT_LOOP + 1
     if min(parsed.sizes) < least:
         parser.error(
@@ -319,12 +305,18 @@ def parse(arguments):
     return parsed
 
 
+def read_options(parsed):
+    """Options of RWR attention, and which layers have it, from the command line."""
+    step = ablation.STEPS.get(parsed.step.removesuffix("-1"))  # R5-1 has the layers of R5
+    layers = {} if step is None else {"rwr_layers": step.rwr_layers(parsed.layers)}
+    return {**layers, **STEPS[parsed.step], **dict(parsed.option)}
+
+
 def main(arguments=None):
     """The command line's run; returns the exit code."""
     parsed = parse(arguments)
-    options = {**STEPS[parsed.step].options, **dict(parsed.option)}
     try:
-        report = benchmark(parsed, options)
+        report = benchmark(parsed, read_options(parsed))
     except (ParityError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,10 +3,11 @@
 python -m benchmarks.figures runs/benchmarks/attention-gpu.json --picture docs/attention_gpu.png
 """
 
-import argparse
 import json
 import pathlib
 import sys
+
+from benchmarks.run import make_parser
 
 # Name and colour of each peer, in the order of columns.
 PEERS = {
@@ -155,12 +156,7 @@ def draw(axis, rows, value):
 
 def main(arguments=None):
     """The command line's run; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("figures", __doc__)
     parser.add_argument("report", type=pathlib.Path, help="JSON of `python -m benchmarks.gpu`")
     parser.add_argument("--picture", type=pathlib.Path, help="PNG to write")
     parsed = parser.parse_args(arguments)

@@ -111,22 +111,17 @@ class Torch(Framework):
 
         if variant == "compile":
             function = torch.compile(function)
-        capture = self.capture if variant == "cudagraph" else lambda call: call
-        if cotangent is None:
-
-            def forward():
-                with torch.no_grad():
-                    return [function(*arrays)]
-
-            return capture(forward)
-        for x in arrays:
+        for x in arrays if cotangent is not None else ():
             x.requires_grad_()
 
-        def forward_and_backward():
+        def call():
+            if cotangent is None:
+                with torch.no_grad():
+                    return [function(*arrays)]
             output = function(*arrays)
             return [output, *torch.autograd.grad(output, arrays, cotangent)]
 
-        return capture(forward_and_backward)
+        return self.capture(call) if variant == "cudagraph" else call
 
     @staticmethod
     def capture(call):
@@ -217,21 +212,16 @@ class Jax(Framework):
         precision = "highest" if is_full else jax.config.jax_default_matmul_precision
 
         @jax.jit
-        def forward(*arrays):
+        def run(arrays, cotangent):
             with jax.default_matmul_precision(precision):
-                return [function(*arrays)]
-
-        @jax.jit
-        def forward_and_backward(cotangent, *arrays):
-            with jax.default_matmul_precision(precision):
+                if cotangent is None:
+                    return [function(*arrays)]
                 output, pullback = jax.vjp(function, *arrays)
                 return [output, *pullback(cotangent)]
 
         def call():
             with self.telling_out_of_memory():
-                if cotangent is None:
-                    return forward(*arrays)
-                return forward_and_backward(cotangent, *arrays)
+                return run(arrays, cotangent)
 
         return call
 
@@ -299,19 +289,15 @@ class TensorFlow(Framework):
         tf.config.experimental.enable_tensor_float_32_execution(arrays[0].dtype != tf.float32)
 
         @tf.function(jit_compile=variant == "xla")
-        def forward(*arrays):
-            return [function(*arrays)]
-
-        @tf.function(jit_compile=variant == "xla")
-        def forward_and_backward(cotangent, *arrays):
+        def run(arrays, cotangent):
+            if cotangent is None:
+                return [function(*arrays)]
             with tf.GradientTape() as tape:
                 tape.watch(arrays)
                 output = function(*arrays)
             return [output, *tape.gradient(output, arrays, cotangent)]
 
-        if cotangent is None:
-            return lambda: forward(*arrays)
-        return lambda: forward_and_backward(cotangent, *arrays)
+        return lambda: run(arrays, cotangent)
 
     def wait(self, result):
         import tensorflow as tf

@@ -42,48 +42,35 @@ def window_supports(case, device):
     )
 
 
-register(
+for peer in (
     Peer(
-        name="jax-xla",
-        description="jax.nn.dot_product_attention, XLA's own",
-        level="op",
-        definition="dense",
-        build=dot_product_attention("xla"),
+        *("jax-xla", "jax.nn.dot_product_attention, XLA's own", "op", "dense"),
+        dot_product_attention("xla"),
         backend="jax",
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="jax-cudnn",
-        description="jax.nn.dot_product_attention, cuDNN's kernels",
-        level="op",
-        definition="dense",
-        build=dot_product_attention("cudnn"),
-        supports=needs_half_on_gpu,
+        *("jax-cudnn", "jax.nn.dot_product_attention, cuDNN's kernels", "op", "dense"),
+        dot_product_attention("cudnn"),
+        needs_half_on_gpu,
         backend="jax",
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="jax-cudnn-window",
-        description="jax.nn.dot_product_attention on the window alone, cuDNN's kernels",
-        level="op",
-        definition="window",
-        build=dot_product_attention("cudnn", has_window=True),
-        supports=window_supports,
+        "jax-cudnn-window",
+        "jax.nn.dot_product_attention on the window alone, cuDNN's kernels",
+        *("op", "window"),
+        dot_product_attention("cudnn", has_window=True),
+        window_supports,
         backend="jax",
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="window-formula",
-        description="softmax attention on the window, with explicit scores",
-        level="op",
-        definition="window",
-        build=op_builder(window_formula),
+        "window-formula",
+        "softmax attention on the window, with explicit scores",
+        *("op", "window"),
+        op_builder(window_formula),
         is_default=False,
-    )
-)
+    ),
+):
+    register(peer)

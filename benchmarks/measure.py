@@ -1,5 +1,6 @@
 """Time and memory of peers that have passed the gate."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 
 import keras
 
@@ -17,12 +19,14 @@ from benchmarks.report import ROOT
 
 # Calls in a sample: enough that the clock's and the launch's granularity do not show.
 SAMPLE_SECONDS = 0.02
+# How long a call runs before it is timed: clocks go up, caches and pools fill.
+WARM_UP_SECONDS = 0.3
 
 OUT_OF_MEMORY = {"failure": "out of memory"}
 
 
 def measure_times(case, chosen, variants, repeat, baseline):
-    """Times peers in turn.
+    """Times peers in turn, after each has been compiled and all have run warm.
 
     Args:
         case: `Case`.
@@ -37,28 +41,39 @@ def measure_times(case, chosen, variants, repeat, baseline):
         alone where an accelerator's memory did not suffice.
     """
     framework = frameworks.active()
-    calls, numbers, failures = {}, {}, {}
+    calls, failures = {}, {}
     for peer, variant in itertools.product(chosen, variants):
         key = peer.name, variant
         try:
             call = prepare(case, peer, variant)
             framework.wait(call())  # compiles
-            numbers[key] = max(1, math.ceil(SAMPLE_SECONDS / framework.seconds(call, 1)))
             calls[key] = call
         except framework.out_of_memory:
             failures[key] = OUT_OF_MEMORY
         if key in failures:  # outside of the handler, which holds what the call had made
             framework.release()
+    numbers = {
+        key: max(1, math.ceil(SAMPLE_SECONDS / warm_up(call))) for key, call in calls.items()
+    }
     samples = {key: [] for key in calls}
-    for turn in range(repeat):
-        order = list(calls)
-        order = order[turn % len(order) :] + order[: turn % len(order)]
+    order = collections.deque(calls)
+    for _ in range(repeat):
         for key in order:
             samples[key].append(framework.seconds(calls[key], numbers[key]))
+        order.rotate(-1)
     return failures | {
         (peer, variant): summarize(times, samples.get((baseline, variant)))
         for (peer, variant), times in samples.items()
     }
+
+
+def warm_up(call):
+    """Runs a call until it is warm; gives the seconds that it takes then."""
+    framework, end = frameworks.active(), time.monotonic() + WARM_UP_SECONDS
+    seconds = framework.seconds(call, 1)
+    while time.monotonic() < end:
+        seconds = framework.seconds(call, 1)
+    return seconds
 
 
 def summarize(times, baseline):

@@ -51,8 +51,8 @@ def check_parity(case, chosen, variants):
         variants: List of strings.
 
     Returns:
-        List of dicts with the keys "level", "head_size", "gradients", "peer", "variant", "error"
-        and "tolerance".
+        List of dicts with the keys "step", "level", "head_size", "gradients", "peer", "variant",
+        "error" and "tolerance".
 
     Raises:
         ParityError: If an error is larger than its tolerance, or not a number.
@@ -76,7 +76,7 @@ def check_parity(case, chosen, variants):
             )
             checks.append(
                 {
-                    **{x: getattr(case, x) for x in ("level", "head_size", "gradients")},
+                    **{x: getattr(case, x) for x in ("step", "level", "head_size", "gradients")},
                     "peer": peer.name,
                     "variant": variant,
                     "error": error,

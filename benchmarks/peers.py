@@ -21,11 +21,8 @@ DEFINITIONS = {
 HALVES = ("float16", "bfloat16")
 # Options that bring a layer's weights; an op is given what these make.
 LAYER_OPTIONS = (
-    "use_discoverability",
-    "graph_heads",
-    "graph_dim",
-    "graph_convolution",
-    "stopping",
+    *("use_discoverability", "trainable_lens", "stopping"),
+    *("graph_heads", "graph_dim", "graph_convolution"),
 )
 
 
@@ -97,7 +94,8 @@ def select(case, device, names=None):
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"`peers` must be among {', '.join(known)}. Received: peers={name}"
+                    f"`peers` must be among {', '.join(known)} at the level {case.level}. "
+                    f"Received: peers={name}"
                 )
     chosen, refused = [], {}
     for name, peer in known.items():
@@ -145,7 +143,7 @@ def layer_builder(make_layer):
         layer.build((case.batch, case.tokens, case.width), (case.batch, case.tokens, case.width))
         for variable in layer.trainable_variables:
             name = "/".join(variable.path.split("/")[-2:])
-            if name in inputs:  # RWR attention may have more, which keep their initial values
+            if name in inputs:  # others keep their initial values, the same in each layer
                 variable.assign(inputs[name])
         function, weights = frameworks.active().layer_function(
             layer, use_causal_mask=case.is_causal
@@ -157,7 +155,8 @@ def layer_builder(make_layer):
 
 def build_dense_layer(case, inputs):
     """`keras.layers.MultiHeadAttention` as it is written down."""
-    names = [name for name in inputs if "/" in name]  # in the order of the layer's weights
+    # The projections', in the order of the layer's weights.
+    names = [name for name in inputs if name.endswith(("/kernel", "/bias"))]
 
     def function(x, *weights):
         weights = {name: ops.cast(w, x.dtype) for name, w in zip(names, weights, strict=True)}
@@ -277,88 +276,44 @@ def rwr_supports(implementation):
     return supports
 
 
-register(
+MHA = "keras.layers.MultiHeadAttention"
+FORMULA = "softmax attention with explicit scores"
+for peer in (
     Peer(
-        name="keras",
-        description="keras.layers.MultiHeadAttention",
-        level="layer",
-        definition="dense",
-        build=layer_builder(lambda case, **kwargs: keras.layers.MultiHeadAttention(**kwargs)),
-    )
-)
-register(
+        *("keras", MHA, "layer", "dense"),
+        layer_builder(lambda case, **arguments: keras.layers.MultiHeadAttention(**arguments)),
+    ),
     Peer(
-        name="keras",
-        description="keras.ops.dot_product_attention",
-        level="op",
-        definition="dense",
-        build=op_builder(
-            lambda case, *arrays: ops.dot_product_attention(*arrays, is_causal=case.is_causal)
-        ),
-    )
-)
-register(
+        *("keras", "keras.ops.dot_product_attention", "op", "dense"),
+        op_builder(lambda case, *x: ops.dot_product_attention(*x, is_causal=case.is_causal)),
+    ),
     Peer(
-        name="keras-gpt2",
-        description="keras.layers.MultiHeadAttention as in KerasHub's GPT-2",
-        level="layer",
-        definition="dense",
-        build=layer_builder(lambda case, **kwargs: GPT2Attention(**kwargs)),
+        *("keras-gpt2", f"{MHA} as in KerasHub's GPT-2", "layer", "dense"),
+        layer_builder(lambda case, **arguments: GPT2Attention(**arguments)),
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="keras-gpt2",
-        description="keras.layers.MultiHeadAttention as in KerasHub's GPT-2, its projections aside",
-        level="op",
-        definition="dense",
-        build=build_gpt2_op,
+        *("keras-gpt2", f"{MHA} as in KerasHub's GPT-2, its projections aside", "op", "dense"),
+        build_gpt2_op,
         is_default=False,
-    )
-)
-register(
+    ),
+    Peer("dense-formula", FORMULA, "layer", "dense", build_dense_layer, is_default=False),
     Peer(
-        name="dense-formula",
-        description="softmax attention with explicit scores",
-        level="layer",
-        definition="dense",
-        build=build_dense_layer,
+        *("dense-formula", FORMULA, "op", "dense"),
+        op_builder(lambda case, q, k, v: dense_formula(q, k, v, case.is_causal)),
         is_default=False,
-    )
-)
-register(
-    Peer(
-        name="dense-formula",
-        description="softmax attention with explicit scores",
-        level="op",
-        definition="dense",
-        build=op_builder(
-            lambda case, query, key, value: dense_formula(query, key, value, case.is_causal)
-        ),
-        is_default=False,
-    )
-)
-for implementation in IMPLEMENTATIONS:
-    register(
-        Peer(
-            name=f"rwr-{implementation}",
-            description=f"keras_rwr.RWRAttention, {implementation}",
-            level="layer",
-            definition="rwr",
-            build=layer_builder(rwr_layer(implementation)),
-            supports=rwr_supports(implementation),
-            is_default=implementation != "reference",
+    ),
+):
+    register(peer)
+for name in IMPLEMENTATIONS:
+    for level, function, build in (
+        ("layer", "RWRAttention", layer_builder(rwr_layer(name))),
+        ("op", "ops.rwr_attention", rwr_op(name)),
+    ):
+        register(
+            Peer(
+                *(f"rwr-{name}", f"keras_rwr.{function}, {name}", level, "rwr", build),
+                supports=rwr_supports(name),
+                is_default=name != "reference",
+            )
         )
-    )
-    register(
-        Peer(
-            name=f"rwr-{implementation}",
-            description=f"keras_rwr.ops.rwr_attention, {implementation}",
-            level="op",
-            definition="rwr",
-            build=rwr_op(implementation),
-            supports=rwr_supports(implementation),
-            is_default=implementation != "reference",
-        )
-    )

@@ -13,12 +13,13 @@ import numpy as np
 
 import keras_rwr
 from benchmarks import frameworks
+from benchmarks.cases import MODES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 COLUMNS = (
     *("backend", "device", "dtype", "level", "tokens", "batch", "heads", "head_size"),
-    *("gradients", "is_causal", "peer", "variant", "median_ms", "low_ms", "high_ms"),
+    *("gradients", "is_causal", "step", "peer", "variant", "median_ms", "low_ms", "high_ms"),
     *("samples", "ratio", "peak_mib", "rise_mib", "failure"),
 )
 
@@ -57,13 +58,36 @@ def git_commit():
     return f"{commit} with changes" if changes else commit
 
 
+def print_report(report):
+    """Prints what `benchmarks.run.benchmark` returns."""
+    for name, value in report["environment"].items():
+        print(f"{name}: {value}")
+    for step, options in report["options"].items():
+        print(f"options of {step}: {options}")
+    for name, description in report["peers"].items():
+        errors = [check["error"] for check in report["parity"] if check["peer"] == name]
+        print(f"{name}: {description}, largest error {max(errors):.1e}")
+    for step, refused in report["refused"].items():
+        for name, reason in refused.items():
+            print(f"{name}: cannot run {step}, {reason}")
+    groups = {}
+    for row in report["results"]:
+        key = f"{row['step']}, {row['level']}, {MODES[row['gradients']]}, {row['dtype']}, " + (
+            f"heads {row['heads']} of {row['head_size']}"
+        )
+        groups.setdefault(key, []).append(row)
+    for key, rows in groups.items():
+        print(f"\n{key}\n{table(rows)}")
+
+
 def table(rows):
     """Rows as text in columns."""
 
     def number(value, digits):
         return "" if value is None else f"{value:.{digits}f}"
 
-    lines = [("tokens", "peer", "variant", "ms", "quartiles", "ratio", "peak MiB", "rise MiB")]
+    columns = ("ms", "quartiles", "ratio", "peak MiB", "rise MiB")
+    lines = [("tokens", "batch", "peer", "variant", *columns)]
     for row in rows:
         spread = ""
         if row.get("low_ms") is not None:
@@ -71,6 +95,7 @@ def table(rows):
         lines.append(
             (
                 str(row["tokens"]),
+                str(row["batch"]),
                 row["peer"],
                 row["variant"],
                 row["failure"] if "failure" in row else number(row.get("median_ms"), 2),
@@ -80,7 +105,7 @@ def table(rows):
                 number(row.get("rise_mib"), 0),
             )
         )
-    return align(lines, left=(1, 2))
+    return align(lines, left=(2, 3))
 
 
 def align(lines, left):

@@ -1,6 +1,7 @@
 """Measures attention implementations side by side, after checking that they compute the same.
 
     KERAS_BACKEND=jax python -m benchmarks.run --sizes 4096
+    KERAS_BACKEND=torch python -m benchmarks.run --sizes 1024 4096 --step R1 R5 R5-1 LOCAL
     KERAS_BACKEND=torch python -m benchmarks.run --sizes 16384 --peers rwr-portable --measure memory
 
 Every peer is compared with the definition of what it computes first, on few tokens with the same
@@ -23,12 +24,13 @@ import sys
 import keras
 
 from benchmarks import frameworks, peers
-from benchmarks.cases import LEVELS, Case
+from benchmarks.cases import LEVELS, MODES, STEPS, Case
 from benchmarks.measure import OUT_OF_MEMORY, measure_memory, measure_times, memory_of_one_call
 from benchmarks.parity import TOLERANCES, ParityError, check_parity
-from benchmarks.report import environment, table, write
+from benchmarks.report import environment, print_report, write
 from keras_rwr._dispatch import current_device
-from keras_rwr.ablation import STEPS
+
+MEASURES = ("time", "memory")
 
 
 def benchmark(
@@ -36,35 +38,37 @@ def benchmark(
     names=None,
     variants=None,
     device=None,
-    measure=("time", "memory"),
+    measure=MEASURES,
     repeat=10,
     baseline="keras",
     modules=(),
     on_case=None,
+    title=None,
 ):
-    """Checks and measures peers on cases that differ in length only.
+    """Checks peers on all cases, then measures them.
 
     Args:
-        cases: List of `Case`.
-        names: `None` for all peers that can run, or list of names.
+        cases: List of `Case`. Neighbours that differ in length and batch only share their check.
+        names: `None` for all peers that can run, or list of names, or dict of one by level.
         variants: `None` for the framework's default, or list of strings.
         device: `None` for the backend's, or `"cpu"` or `"gpu"`.
-        measure: Any of `"time"` and `"memory"`.
+        measure: Any of `MEASURES`.
         repeat: Int >= 1. Turns of timing.
         baseline: String, the peer that ratios refer to.
         modules: Names of modules to import, which register further peers.
         on_case: `None`, or function of the report so far, called after each case.
+        title: `None` for level, backend, device and dtype, or string: what the report is called.
 
     Returns:
-        A dict with the keys "name", "environment", "options", "baseline", "peers", "refused",
-        "parity" and "results", fit for JSON.
+        A dict with the keys "name", "environment", "options" and "refused" (by step), "baseline",
+        "peers", "parity" and "results", fit for JSON.
 
     Raises:
         ParityError: If a peer does not compute what it should.
         ValueError: If an argument is unknown or cannot be had.
     """
     load_peers(modules)
-    framework = frameworks.active()
+    framework, first = frameworks.active(), cases[0]
     variants = list(framework.default_variants if variants is None else variants)
     for variant in variants:
         if variant not in framework.variants:
@@ -73,18 +77,29 @@ def benchmark(
                 f"Received: variants={variant}"
             )
     with on_device(device) as device:
-        chosen, refused = peers.select(cases[0], device, names)
         report = {
-            "name": f"{cases[0].level}-{framework.name}-{device}-{cases[0].dtype}",
+            "name": title or f"{first.level}-{framework.name}-{device}-{first.dtype}",
             "environment": environment(device),
-            "options": cases[0].options,
+            "options": {case.step: case.options for case in cases},
             "baseline": baseline,
-            "peers": {peer.name: peer.description for peer in chosen},
-            "refused": refused,
-            "parity": check_parity(cases[0], chosen, variants),
+            "peers": {},
+            "refused": {},
+            "parity": [],
             "results": [],
         }
-        for case in cases:
+        checked = []
+        for _, group in itertools.groupby(
+            cases, lambda case: dataclasses.replace(case, tokens=1, batch=1)
+        ):
+            group = list(group)
+            case = group[0]
+            named = names[case.level] if isinstance(names, dict) else names
+            chosen, refused = peers.select(case, device, named)
+            report["peers"].update({peer.name: peer.description for peer in chosen})
+            report["refused"].setdefault(case.step, {}).update(refused)
+            report["parity"] += check_parity(case, chosen, variants)
+            checked += [(case, chosen) for case in group]
+        for case, chosen in checked:
             times, memory = {}, {}
             if "time" in measure:
                 times = measure_times(case, chosen, variants, repeat, baseline)
@@ -143,54 +158,62 @@ def option(text):
     """`name=value` with a Python literal, or a bare word, as value."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"an option must be NAME=VALUE. Received: {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE. Received: {text!r}")
     try:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
 
 
-def parse(arguments):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4096], help="tokens (4096)")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--level", choices=LEVELS, default="layer", help="with projections, or not")
-    parser.add_argument("--mode", choices=["forward", "forward+backward"], default="forward")
-    parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
-    parser.add_argument("--bidirectional", action="store_true", help="instead of causal")
-    parser.add_argument(
-        "--step", choices=[x for x in STEPS if x != "R0"], default="R1", help="ablation step (R1)"
-    )
+def count(text):
+    """An int of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {text}")
+    return int(text)
+
+
+def add_options(parser, several=False):
+    """Adds `--step` and `--option`."""
+    more = {"nargs": "+", "default": ["R1"]} if several else {"default": "R1"}
+    parser.add_argument("--step", choices=list(STEPS), help="RWR attention's options (R1)", **more)
     parser.add_argument(
         "--option", type=option, nargs="+", default=[], metavar="NAME=VALUE",
         help="replaces an option of the step",
     )  # fmt: skip
+
+
+def make_parser(module, text):
+    """The parser of a command line."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(arguments):
+    """The command line."""
+    parser = make_parser("run", __doc__)
+    parser.add_argument("--sizes", type=count, nargs="+", default=[4096], help="tokens (4096)")
+    parser.add_argument("--batch", type=count, default=1)
+    parser.add_argument("--heads", type=count, default=4)
+    parser.add_argument("--head-size", type=count, default=64)
+    parser.add_argument("--level", choices=LEVELS, default="layer", help="with projections, or not")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0])
+    parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
+    parser.add_argument("--bidirectional", action="store_true", help="instead of causal")
+    add_options(parser, several=True)
     parser.add_argument("--peers", nargs="+", help="names (all that can run)")
     parser.add_argument("--baseline", default="keras", help="what ratios refer to (keras)")
-    parser.add_argument("--variants", nargs="+", help="eager, compile, jit, graph, xla")
+    parser.add_argument("--variants", nargs="+", help="eager, compile, cudagraph, jit, graph, xla")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="the backend's own")
-    parser.add_argument(
-        "--measure", choices=["time", "memory"], nargs="+", default=["time", "memory"]
-    )
-    parser.add_argument("--repeat", type=int, default=10, help="turns (10)")
+    parser.add_argument("--measure", choices=MEASURES, nargs="+", default=list(MEASURES))
+    parser.add_argument("--repeat", type=count, default=10, help="turns (10)")
     parser.add_argument("--import", dest="modules", nargs="+", default=[], help="more peers")
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and CSV")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
-    for name in ("batch", "heads", "head_size", "repeat"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"{name} must be at least 1. Received: {getattr(parsed, name)}")
-    if min(parsed.sizes) < 1:
-        parser.error(f"sizes must be at least 1. Received: {parsed.sizes}")
-    return parsed
+    return parser.parse_args(arguments)
 
 
 def main(arguments=None):
@@ -199,7 +222,6 @@ def main(arguments=None):
     if parsed.memory_of is not None:
         print(answer_memory(json.loads(parsed.memory_of)))
         return 0
-    options = {**STEPS[parsed.step].options, **dict(parsed.option)}
     cases = [
         Case(
             tokens=tokens,
@@ -209,9 +231,11 @@ def main(arguments=None):
             head_size=parsed.head_size,
             dtype=parsed.dtype,
             is_causal=not parsed.bidirectional,
-            gradients=parsed.mode == "forward+backward",
-            options=options,
+            gradients=parsed.mode == MODES[1],
+            step=step,
+            options={**STEPS[step], **dict(parsed.option)},
         )
+        for step in parsed.step
         for tokens in parsed.sizes
     ]
     try:
@@ -229,17 +253,7 @@ def main(arguments=None):
     except (ParityError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name, value in report["environment"].items():
-        print(f"{name}: {value}")
-    print(f"options: {report['options']}")
-    for name, description in report["peers"].items():
-        errors = [check["error"] for check in report["parity"] if check["peer"] == name]
-        print(f"{name}: {description}, largest error {max(errors):.1e}")
-    for name, reason in report["refused"].items():
-        print(f"{name}: cannot run, {reason}")
-    print(f"{cases[0].level}, {parsed.mode}, {parsed.dtype}, heads {parsed.heads} of "
-          f"{parsed.head_size}, batch {parsed.batch}")  # fmt: skip
-    print(table(report["results"]))
+    print_report(report)
     if parsed.out is not None:
         print("wrote", *write(report, parsed.out))
     return 0

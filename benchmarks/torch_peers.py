@@ -139,50 +139,41 @@ def flex_supports(case, device):
     return None
 
 
-register(
+for peer in (
     Peer(
-        name="torch-sdpa-flash",
-        description="torch scaled_dot_product_attention, its flash-attention kernels",
-        level="op",
-        definition="dense",
-        build=fused_builder("FLASH_ATTENTION"),
-        supports=needs_half_on_gpu,
+        "torch-sdpa-flash",
+        "torch scaled_dot_product_attention, its flash-attention kernels",
+        *("op", "dense"),
+        fused_builder("FLASH_ATTENTION"),
+        needs_half_on_gpu,
         backend="torch",
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="torch-sdpa-cudnn",
-        description="torch scaled_dot_product_attention, cuDNN's kernels",
-        level="op",
-        definition="dense",
-        build=fused_builder("CUDNN_ATTENTION"),
-        supports=needs_half_on_gpu,
+        "torch-sdpa-cudnn",
+        "torch scaled_dot_product_attention, cuDNN's kernels",
+        *("op", "dense"),
+        fused_builder("CUDNN_ATTENTION"),
+        needs_half_on_gpu,
         backend="torch",
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="torch-flex",
-        description="torch FlexAttention on the window and, for each 128 queries, as many "
-        "128-token tiles as a query has blocks, chosen beforehand",
-        level="op",
-        definition="tiles",
-        build=build_flex,
-        supports=flex_supports,
+        "torch-flex",
+        "torch FlexAttention on the window and, for each 128 queries, as many 128-token tiles as "
+        "a query has blocks, chosen beforehand",
+        *("op", "tiles"),
+        build_flex,
+        flex_supports,
         backend="torch",
         is_default=False,
-    )
-)
-register(
+    ),
     Peer(
-        name="tiles-formula",
-        description="softmax attention over the window and those tiles, with explicit scores",
-        level="op",
-        definition="tiles",
-        build=build_tiles_formula,
+        "tiles-formula",
+        "softmax attention over the window and those tiles, with explicit scores",
+        *("op", "tiles"),
+        build_tiles_formula,
         is_default=False,
-    )
-)
+    ),
+):
+    register(peer)

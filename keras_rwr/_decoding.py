@@ -501,7 +501,9 @@ class _Near:
     def take(self, x: Tensor) -> Tensor:
         """`(B, n, R, F)` to `(B, n, width, F)`."""
         batch, heads, _, features = ops.shape(x)
-        return ops.slice(x, (0, 0, self.start, 0), (batch, heads, self.width, features))
+        zero = ops.zeros_like(self.start)  # JAX takes indices of one dtype only
+        start = (zero, zero, self.start, zero)
+        return ops.slice(x, start, (batch, heads, self.width, features))
 
 
 def _local_step(

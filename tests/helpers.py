@@ -11,6 +11,8 @@ import oracle
 import oracle_gradients
 from keras import ops
 
+from keras_rwr import graph as graphs
+
 BACKEND = keras.backend.backend()
 
 # What runs a call of fusion "sum" on a CPU, and what the package takes there by default.
@@ -765,6 +767,46 @@ def attention(inputs, options, implementation, *, seed=None, padding_mask=None, 
         )
 
     return run
+
+
+BUILDING = (
+    "window",
+    "topk",
+    "neighbor_block",
+    "threshold",
+    "edge_weight",
+    "self_edges",
+    "is_causal",
+)
+
+
+def graph_vectors(case):
+    """The queries and keys that the graph of a case is built from."""
+    inputs = case.inputs
+    vectors = oracle.graph_vectors(inputs.query, inputs.key, inputs.graph_query, inputs.graph_key)
+    return [x.astype("float32") for x in vectors]
+
+
+def build_graph(case, query=None, key=None):
+    """W, S and P of a case, of the public graph functions; W again for S without `reversible`."""
+    inputs = case.inputs
+    if query is None:
+        query, key = graph_vectors(case)
+    options = {name: value for name, value in case.options if name in BUILDING}
+    given = inputs.given("padding_mask", "segment_ids")
+    weight = graphs.build_sparse_w(
+        query, key, concentration=inputs.concentration, **given, **options
+    )
+    symmetric = graphs.reversible(weight) if case.oracle_options.reversible else weight
+    return weight, symmetric, graphs.normalize_to_p(symmetric, graph_bias(case))
+
+
+def graph_bias(case):
+    """The log-discoverability b of a case, `(B, S, G)`, or None."""
+    if not case.discoverability:
+        return None
+    _, key = graph_vectors(case)
+    return np.einsum("bjgf,gf->bjg", key, case.inputs.discoverability).clip(-8, 8)
 
 
 @functools.cache

@@ -3,27 +3,32 @@
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import types
 
 import keras
 import numpy as np
 import pytest
-from helpers import IMPLEMENTATIONS
 from keras import ops
 
 from benchmarks import frameworks, measure, parity, peers, run
-from benchmarks.cases import Case, make_inputs
-from benchmarks.report import ROOT, table, write
+from benchmarks.cases import STEPS, Case, make_inputs
+from benchmarks.report import ROOT, table
 
 OPTIONS = {"window": 8, "topk": 8, "neighbor_block": 4}
-# Our peers that run by default, fastest first.
-OURS = [f"rwr-{name}" for name in ("xla", "portable") if name in IMPLEMENTATIONS]
 FLAGS = ["--heads", "2", "--head-size", "8", "--option", "window=8", "topk=8", "neighbor_block=4"]
 
 
 def tiny(**arguments):
     return Case(**{"tokens": 37, "heads": 2, "head_size": 8, "options": OPTIONS, **arguments})
+
+
+@pytest.fixture(autouse=True)
+def cold(monkeypatch):
+    """No figure matters here."""
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -52,41 +57,53 @@ def changed(change):
     )
 
 
-def test_a_run_is_checked_timed_and_written(tmp_path, variants):
-    cases = [tiny(tokens=37), tiny(tokens=53)]
-    report = run.benchmark(cases, variants=variants, measure=("time",), repeat=2)
-    assert [check["peer"] for check in report["parity"]] == ["keras", *OURS]
+def test_a_run_is_checked_timed_and_written(tmp_path, capsys, variants):
+    folder = tmp_path / "new" / "folder"
+    flags = ["--heads", "2", "--head-size", "8", "--option", "window=8", "--level", "op"]
+    flags += ["--step", "LOCAL", "R5-1", "--sizes", "37", "--variants", *variants]
+    assert run.main([*flags, "--measure", "time", "--repeat", "2", "--out", str(folder)]) == 0
+    backend = keras.backend.backend()
+    rows, written = sorted(folder.iterdir())
+    assert written.name == f"op-{backend}-{run.current_device()}-float32.json"
+    report = json.loads(written.read_text())
+    expected = [(step, name) for step in ("LOCAL", "R5-1") for name in ("keras", "rwr-portable")]
+    assert [(check["step"], check["peer"]) for check in report["parity"]] == expected
     assert all(0 <= check["error"] < check["tolerance"] for check in report["parity"])
-    assert [(row["tokens"], row["peer"]) for row in report["results"]] == [
-        (tokens, name) for tokens in (37, 53) for name in ("keras", *OURS)
-    ]
+    assert [(row["step"], row["peer"]) for row in report["results"]] == expected
     for row in report["results"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
-        assert row["samples"] == 2
+        assert (row["tokens"], row["samples"]) == (37, 2)
         assert row["ratio"] == 1 if row["peer"] == "keras" else row["ratio"] > 0
     assert {"device", "commit", "keras", "keras_rwr"} <= set(report["environment"])
-    assert report["refused"].keys() == {"rwr-triton", "rwr-pallas"} - {*OURS}
-
-    written, rows = write(report, tmp_path / "new" / "folder")
-    assert json.loads(written.read_text())["results"] == report["results"]
+    assert report["options"]["R5-1"] == {**STEPS["R5"], "steps": 1, "window": 8}
+    assert report["refused"]["R5-1"].keys() == {"rwr-triton", "rwr-pallas"}
     with rows.open() as file:
         read = list(csv.DictReader(file))
-    assert [row["peer"] for row in read] == ["keras", *OURS] * 2
+    assert [(row["step"], row["peer"]) for row in read] == expected
     assert float(read[1]["ratio"]) == report["results"][1]["ratio"]
-    assert len(table(report["results"]).splitlines()) == 1 + len(report["results"])
+    printed = capsys.readouterr().out
+    assert "\n\nLOCAL, op, forward, float32, heads 2 of 8\n" in printed
+    assert "rwr-triton: cannot run R5-1, " in printed
 
 
-@pytest.mark.parametrize("level", ["layer", "op"])
-def test_gradients_take_part(level, variants):
-    case = tiny(level=level, gradients=True, options={**OPTIONS, "use_discoverability": True})
-    names = {"layer": 1 + 8, "op": 3}[level]
-    for name, count in (("keras", names), *((name, names + 1) for name in OURS)):
-        found = peers.PEERS[level, name]
-        tensors = parity.results(case, found, variants[0])
-        assert len(tensors) == 1 + count
-        assert all(np.abs(x).max() > 0 for x in tensors[:4])
-        (check,) = parity.check_parity(case, [found], variants)
-        assert check["error"] <= check["tolerance"]
+@pytest.mark.parametrize(
+    ("level", "name", "options", "count"),
+    [
+        # Input, projections, and what the sublayer `walk` has.
+        ("layer", "rwr-portable", STEPS["R5"], 1 + 8 + 6),
+        ("op", "keras", {}, 3),
+        ("op", "rwr-portable", {**OPTIONS, "use_discoverability": True}, 3 + 1),
+    ],
+)
+def test_gradients_take_part(level, name, options, count, variants, monkeypatch):
+    options = {**options, "window": 8}
+    case = tiny(level=level, gradients=True, options=options)
+    results, found = parity.results, []
+    monkeypatch.setattr(parity, "results", lambda *x: found.append(results(*x)) or found[-1])
+    (check,) = parity.check_parity(case, [peers.PEERS[level, name]], variants)
+    assert check["error"] <= check["tolerance"]
+    assert len(found[-1]) == 1 + count
+    assert all(np.abs(x).max() > 0 for x in found[-1])
 
 
 def test_definitions_alone_are_exact(variants, monkeypatch):
@@ -128,9 +145,9 @@ def test_definitions_alone_are_exact(variants, monkeypatch):
 def test_a_wrong_peer_is_not_measured(change, gradients, peer, variants, monkeypatch):
     monkeypatch.setattr(run, "measure_times", lambda *_: pytest.fail("timed a wrong peer"))
     peer(build=changed(change))
-    case = tiny(level="op", gradients=gradients)
+    cases = [tiny(level="op", gradients=x) for x in (False, gradients)]
     with pytest.raises(parity.ParityError, match=r"must agree .* made-up \(\w+\) is off by"):
-        run.benchmark([case], names=["keras", "made-up"], variants=variants, measure=("time",))
+        run.benchmark(cases, names=["made-up"], variants=variants, measure=("time",))
 
 
 def test_the_command_line_reports_nothing_of_a_wrong_peer(peer, tmp_path, capsys, variants):
@@ -153,9 +170,10 @@ def test_peers_of_another_module_take_part(tmp_path, monkeypatch, capsys, varian
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(peers, "PEERS", dict(peers.PEERS))
     flags = [*FLAGS, "--level", "op", "--sizes", "31", "--repeat", "1", "--variants", *variants]
+    flags += ["--peers", "mine"]
     assert run.main([*flags, "--measure", "time", "--import", "more_peers"]) == 0
-    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("    31  mine"))
-    assert line.split()[2] == variants[0]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["31", "1", "mine", variants[0]] in [row[:4] for row in rows]
 
 
 def test_the_peer_of_the_readme(monkeypatch, variants):
@@ -172,7 +190,7 @@ def test_the_peer_of_the_readme(monkeypatch, variants):
 
 def test_memory_is_that_of_a_process_of_its_own(variants):
     held = np.ones(2**25)  # 256 MiB here do not count there
-    found = measure.measure_memory(tiny(), [peers.PEERS["layer", "rwr-portable"]], variants, "cpu")
+    found = measure.measure_memory(tiny(), [peers.PEERS["layer", "keras"]], variants, "cpu")
     (memory,) = found.values()
     assert held.all()
     assert 0 < memory["rise_mib"] < memory["peak_mib"]
@@ -241,6 +259,29 @@ def test_a_peer_of_another_backend_is_refused(peer):
     assert refused["made-up"] == "it needs the numpy backend"
 
 
+def test_a_call_runs_warm_before_it_is_timed(variants, monkeypatch):
+    clock, taken = itertools.count(), iter([9.0, 2.0, 1.0])
+    monkeypatch.setattr(measure, "WARM_UP_SECONDS", 3)
+    monkeypatch.setattr(measure, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(frameworks.active(), "seconds", lambda call, number: next(taken))
+    assert measure.warm_up(None) == 1.0
+
+    events = []
+    monkeypatch.setattr(measure, "prepare", lambda case, peer, variant: lambda: peer.name)
+    monkeypatch.setattr(frameworks.active(), "wait", lambda name: events.append(f"compile {name}"))
+    monkeypatch.setattr(measure, "warm_up", lambda call: events.append(f"warm {call()}") or 1.0)
+    monkeypatch.setattr(
+        frameworks.active(), "seconds", lambda call, _: events.append(f"time {call()}") or 1.0
+    )
+    chosen = [peers.PEERS["op", name] for name in ("keras", "rwr-portable")]
+    measure.measure_times(tiny(level="op"), chosen, variants, 2, "keras")
+    names = ("keras", "rwr-portable")
+    assert events == [
+        *(f"{what} {name}" for what in ("compile", "warm", "time") for name in names),
+        *("time rwr-portable", "time keras"),  # the next turn begins with the next peer
+    ]
+
+
 def test_ratios_are_of_the_same_turn():
     summary = measure.summarize([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
     assert summary["ratio"] == 2.0
@@ -264,13 +305,12 @@ def test_a_gradient_that_cancels_is_measured_by_the_others():
     assert parity.largest_error(wrong, right, "bfloat16") == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("level", ["layer", "op"])
-def test_the_stock_gpt2s_attention(level, variants):
-    for dtype in ("float32", "bfloat16"):
-        case = tiny(level=level, gradients=True, dtype=dtype)
-        (check,) = parity.check_parity(case, [peers.PEERS[level, "keras-gpt2"]], variants)
-        assert check["error"] <= check["tolerance"]
-        assert (check["level"], check["gradients"]) == (level, True)
+@pytest.mark.parametrize(("level", "dtype"), [("layer", "float32"), ("op", "bfloat16")])
+def test_the_stock_gpt2s_attention(level, dtype, variants):
+    case = tiny(level=level, gradients=True, dtype=dtype)
+    (check,) = parity.check_parity(case, [peers.PEERS[level, "keras-gpt2"]], variants)
+    assert check["error"] <= check["tolerance"]
+    assert (check["level"], check["gradients"]) == (level, True)
     layer = peers.GPT2Attention(num_heads=2, key_dim=8)
     assert layer.dropout > 0  # what keeps Keras from its fused attention
 
@@ -286,7 +326,8 @@ def test_a_peer_without_memory_is_reported_and_the_rest_measured(peer, variants,
     assert times["made-up", variants[0]] == {"failure": "out of memory"}
     assert times["keras", variants[0]]["ratio"] is None
     assert times["keras", variants[0]]["median_ms"] > 0
-    rows = [{"tokens": 37, "peer": key[0], "variant": key[1], **x} for key, x in times.items()]
+    fields = {"tokens": 37, "batch": 1}
+    rows = [{**fields, "peer": key[0], "variant": key[1], **x} for key, x in times.items()]
     assert "out of memory" in table(rows)
 
     def fail(case, inputs):

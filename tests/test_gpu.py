@@ -44,9 +44,9 @@ def test_reference(case):
     assert_gradients_close(gradients, case.expected_gradients[1])
 
 
-@pytest.mark.parametrize(("name", "block"), decoding.CASES)
-def test_stepwise_decoding(name, block):
-    layer = decoding.make_layer(**{"neighbor_block": block, **decoding.OPTIONS[name]})
+@pytest.mark.parametrize("name", decoding.OPTIONS)
+def test_stepwise_decoding(name):
+    layer = decoding.make_layer(**decoding.OPTIONS[name])
     x = decoding.make_inputs()
     output = decoding.stepwise(layer, x, behind=decoding.make_inputs(5))
     np.testing.assert_allclose(output, decoding.full(layer, x), rtol=0, atol=1e-5)

@@ -1,12 +1,13 @@
 """`RWRAttention` as a layer: what it computes, its weights, its configuration, its training."""
 
+import contextlib
 import inspect
 
 import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import BACKEND, assert_close
+from helpers import BACKEND, assert_close, compiled
 from keras import ops
 from keras.src.testing import TestCase
 
@@ -44,7 +45,7 @@ ATOL = 2e-6
 
 HOLES = np.random.default_rng(7).uniform(size=(BATCH, LENGTH)) > 0.3
 HOLES[:, 0] = True
-SEGMENTS = np.repeat([[3, -1, 3, 0]], BATCH, axis=0).repeat([5, 7, 2, 9], axis=1).astype("int32")
+SEGMENTS = np.repeat([[3, -1, 3, 0]], BATCH, axis=0).repeat([4, 8, 3, 8], axis=1).astype("int32")
 
 
 def make_inputs(seed=0, shape=SHAPE):
@@ -54,6 +55,11 @@ def make_inputs(seed=0, shape=SHAPE):
 def numpy(x):
     """A copy of a tensor or a variable, which training may change in place."""
     return np.array(ops.convert_to_numpy(x))
+
+
+def run(layer, *inputs, **arguments):
+    """A call; on jax as one program, since each of its operations alone would be compiled too."""
+    return compiled(lambda *inputs: layer(*inputs, **arguments))(*inputs)
 
 
 def layer_of(**options):
@@ -94,6 +100,15 @@ def model_of(layer, **call):
 
 def assert_same(a, b, atol=ATOL):
     np.testing.assert_allclose(numpy(a), numpy(b), rtol=0, atol=atol)
+
+
+def float64_allowed():
+    """A context in which tensors may be float64, which takes a switch on jax."""
+    if BACKEND != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
 
 
 class Expected:
@@ -182,7 +197,8 @@ def test_equals_the_definition(name, is_causal):
     masks = {"padding_mask": HOLES}
     if layer.options.neighbor_block == 1:
         masks["segment_ids"] = SEGMENTS
-    output = layer(
+    output = run(
+        layer,
         x,
         x,
         use_causal_mask=is_causal,
@@ -196,9 +212,9 @@ def test_graphs_and_gates_come_from_the_query():
     layer = built(layer_of(**EXTRAS, seed=1))
     query, value, key = (make_inputs(seed) for seed in range(3))
     expected = Expected(layer, query, value, key, is_causal=True).output()
-    assert_close(numpy(layer(query, value, key, use_causal_mask=True)), expected, 1e-5)
+    assert_close(numpy(run(layer, query, value, key, use_causal_mask=True)), expected, 1e-5)
     expected = Expected(layer, query, value).output()
-    assert_close(numpy(layer(query, value)), expected, 1e-5)
+    assert_close(numpy(run(layer, query, value)), expected, 1e-5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -219,8 +235,8 @@ def test_equals_multi_head_attention(is_causal, arguments):
     x = make_inputs()
     for padding in (None, HOLES):
         mask = None if padding is None else padding[:, None, :]
-        expected = numpy(stock(x, x, attention_mask=mask, use_causal_mask=is_causal))
-        output = numpy(layer(x, x, attention_mask=mask, use_causal_mask=is_causal))
+        expected = numpy(run(stock, x, x, attention_mask=mask, use_causal_mask=is_causal))
+        output = numpy(run(layer, x, x, attention_mask=mask, use_causal_mask=is_causal))
         assert output.shape == expected.shape
         real = np.ones((BATCH, LENGTH), bool) if padding is None else padding
         assert_same(output[real], expected[real])
@@ -232,8 +248,8 @@ def test_scores_equal_those_of_multi_head_attention():
     layer.build(SHAPE, SHAPE)
     copy_weights(stock, layer)
     x = make_inputs()
-    _, expected = stock(x, x, return_attention_scores=True, use_causal_mask=True)
-    _, scores = layer(x, x, return_attention_scores=True, use_causal_mask=True)
+    _, expected = run(stock, x, x, return_attention_scores=True, use_causal_mask=True)
+    _, scores = run(layer, x, x, return_attention_scores=True, use_causal_mask=True)
     assert_same(scores, expected)
 
 
@@ -245,7 +261,7 @@ def test_query_key_and_value_may_have_different_features():
     layer.build(SHAPE, value_shape, key_shape)
     copy_weights(stock, layer)
     arguments = make_inputs(), make_inputs(1, value_shape), make_inputs(2, key_shape)
-    assert_same(layer(*arguments), stock(*arguments))
+    assert_same(run(layer, *arguments), run(stock, *arguments))
 
 
 def test_made_from_the_config_of_multi_head_attention():
@@ -267,7 +283,7 @@ def test_an_untrained_graph_links_a_token_to_what_followed_it_before(graph_heads
     options = {**R5, "graph_heads": graph_heads, "graph_dim": 16, "topk": 1, "steps": 1}
     layer = RWRAttention(HEADS, KEY_DIM, **{**options, "window": 1})
     x = np.eye(DIM, dtype="float32")[tokens][None]
-    _, scores = layer(x, x, use_causal_mask=True, return_attention_scores=True)
+    _, scores = run(layer, x, x, use_causal_mask=True, return_attention_scores=True)
     scores = numpy(scores)[0]  # (N, S, S)
     repeated = [i for i in range(len(tokens)) if tokens[i] in tokens[: max(0, i - 2)]]
     assert repeated == [5, 8, 13, 15]
@@ -286,7 +302,7 @@ def test_two_steps_of_an_untrained_graph_follow_two_links():
     options = {**R5, "graph_dim": 16, "steps": 2, "topk": 1, "window": 0}
     layer = RWRAttention(HEADS, KEY_DIM, **options)
     x = np.eye(DIM, dtype="float32")[tokens][None]
-    _, scores = layer(x, x, use_causal_mask=True, return_attention_scores=True)
+    _, scores = run(layer, x, x, use_causal_mask=True, return_attention_scores=True)
     expected = np.zeros((HEADS, len(tokens)))
     expected[:, 9] = 1.0 + 0.5  # LOCAL and no step
     expected[:, 5], expected[:, 1] = 1.0, 0.5
@@ -367,7 +383,7 @@ def test_gates_begin_closed():
     for name, weight in paths(learned).items():
         weight.assign(paths(gated)[name])
     x = make_inputs()
-    np.testing.assert_array_equal(numpy(gated(x, x)), numpy(learned(x, x)))
+    np.testing.assert_array_equal(numpy(run(gated, x, x)), numpy(run(learned, x, x)))
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -432,7 +448,7 @@ def test_keras_file_round_trip(tmp_path, options):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded.layers[-1]) is RWRAttention
-    assert_same(loaded(make_inputs()), model(make_inputs()), atol=0)
+    assert_same(run(loaded, make_inputs()), run(model, make_inputs()), atol=0)
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -502,12 +518,12 @@ def test_reduced_precision(policy, step):
     options = {**ABLATION[step], "topk": 0, "dropout": 0.1}
     exact, layer = built(layer_of(**options)), built(layer_of(**options, dtype=policy))
     x = make_inputs()
-    output = layer(x, x, attention_mask=HOLES.astype("float32"), use_causal_mask=True)
+    output = run(layer, x, x, attention_mask=HOLES.astype("float32"), use_causal_mask=True)
     compute_dtype = policy.removeprefix("mixed_")
     assert keras.backend.standardize_dtype(output.dtype) == compute_dtype
     variable_dtype = "float32" if policy.startswith("mixed") else policy
     assert {weight.dtype for weight in layer.trainable_weights} == {variable_dtype}
-    expected = numpy(exact(x, x, attention_mask=HOLES, use_causal_mask=True))
+    expected = numpy(run(exact, x, x, attention_mask=HOLES, use_causal_mask=True))
     # Inputs, weights and projections rounded to the compute dtype, 2^-9 or 2^-11 each.
     atol = (0.05 if compute_dtype == "bfloat16" else 0.01) * np.abs(expected).max()
     assert_same(ops.cast(output, "float32"), expected, atol=atol)
@@ -515,7 +531,7 @@ def test_reduced_precision(policy, step):
         keras.KerasTensor(SHAPE), keras.KerasTensor(SHAPE), return_attention_scores=True
     )
     assert symbolic.dtype == scores.dtype == compute_dtype
-    _, scores = layer(x, x, return_attention_scores=True)
+    _, scores = run(layer, x, x, return_attention_scores=True)
     assert keras.backend.standardize_dtype(scores.dtype) == compute_dtype
 
 
@@ -536,14 +552,12 @@ def test_hop_weights_and_concentrations_keep_float32():
 
 @pytest.mark.parametrize("step", ["R3", "R5"])
 def test_float64(step):
-    # JAX has float64 only where a switch is set for the whole process.
-    expected = "float32" if BACKEND == "jax" else "float64"
-    layer = built(layer_of(**ABLATION[step], dtype="float64"))
-    x = np.random.default_rng(0).normal(size=SHAPE)
-    output = layer(x, x, use_causal_mask=True)
-    assert keras.backend.standardize_dtype(output.dtype) == expected
-    tolerance = 1e-13 if expected == "float64" else 1e-5
-    assert_close(numpy(output), Expected(layer, x, is_causal=True).output(), tolerance)
+    with float64_allowed():
+        layer = built(layer_of(**ABLATION[step], dtype="float64"))
+        x = np.random.default_rng(0).normal(size=SHAPE)
+        output = run(layer, x, x, use_causal_mask=True)
+    assert keras.backend.standardize_dtype(output.dtype) == "float64"
+    assert_close(numpy(output), Expected(layer, x, is_causal=True).output(), 1e-13)
 
 
 def test_lora_on_the_projections():
@@ -555,9 +569,9 @@ def test_lora_on_the_projections():
             dense.enable_lora(2)
     assert len(layer.weights) - len(stock.weights) == extra == 7
     x = make_inputs()
-    before = numpy(layer(x, x))
+    before = numpy(run(layer, x, x))
     layer.query_dense.lora_kernel_b.assign(np.ones((2, KEY_DIM)))
-    assert np.abs(numpy(layer(x, x)) - before).max() > 1e-4
+    assert np.abs(numpy(run(layer, x, x)) - before).max() > 1e-4
 
 
 def test_int8_quantisation():
@@ -565,10 +579,10 @@ def test_int8_quantisation():
     model = model_of(layer, use_causal_mask=True)
     built(layer)
     x = make_inputs()
-    expected = numpy(model(x))
+    expected = numpy(run(model, x))
     model.quantize("int8", filters=lambda layer: isinstance(layer, keras.layers.EinsumDense))
     assert layer.query_dense.kernel.dtype == "int8"
-    output = numpy(model(x))
+    output = numpy(run(model, x))
     # Inputs and weights of each projection rounded to 1/127 of their largest value.
     assert_same(output, expected, atol=0.05 * np.abs(expected).max())
     assert np.abs(output - expected).max() > 0
@@ -581,8 +595,8 @@ def test_int8_quantisation():
 def test_scores_are_the_matrix_of_the_output(name):
     layer = built(layer_of(**COMPUTED[name], value_dim=4, use_gate=True))
     x = make_inputs()
-    output, scores = layer(
-        x, x, attention_mask=HOLES, use_causal_mask=True, return_attention_scores=True
+    output, scores = run(
+        layer, x, x, attention_mask=HOLES, use_causal_mask=True, return_attention_scores=True
     )
     assert scores.shape == (BATCH, HEADS, LENGTH, LENGTH)
     expected = Expected(layer, x, is_causal=True, padding_mask=HOLES).scores()
@@ -590,7 +604,8 @@ def test_scores_are_the_matrix_of_the_output(name):
     heads = ops.einsum("bnij,bjnh->binh", scores, layer.value_dense(x))
     gate = layer._gate_dense(x)
     assert_same(layer.output_dense(heads * gate), output, atol=1e-5)
-    assert_same(output, layer(x, x, attention_mask=HOLES, use_causal_mask=True), atol=1e-5)
+    again = run(layer, x, x, attention_mask=HOLES, use_causal_mask=True)
+    assert_same(output, again, atol=1e-5)
 
 
 def test_symbolic_outputs_have_the_shapes_of_real_ones():
@@ -600,7 +615,7 @@ def test_symbolic_outputs_have_the_shapes_of_real_ones():
     assert output.shape == (None, None, 4, 3)
     assert scores.shape == (None, HEADS, None, None)
     assert layer.compute_output_shape(SHAPE, SHAPE) == (BATCH, LENGTH, 4, 3)
-    output, scores = layer(make_inputs(), make_inputs(), return_attention_scores=True)
+    output, scores = run(layer, make_inputs(), make_inputs(), return_attention_scores=True)
     assert output.shape == (BATCH, LENGTH, 4, 3)
     assert scores.shape == (BATCH, HEADS, LENGTH, LENGTH)
 
@@ -608,9 +623,11 @@ def test_symbolic_outputs_have_the_shapes_of_real_ones():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_graph_made_before_the_call(is_causal):
     layer = built(layer_of(edge_weight="exponential"))
-    x = make_inputs()
-    graph = keras_rwr.graph.normalize_to_p(
-        keras_rwr.graph.build_sparse_w(
+    other = built(layer_of(edge_weight="exponential"), seed=4)
+    masks = {"attention_mask": HOLES, "use_causal_mask": is_causal}
+
+    def calls(x):
+        graph = keras_rwr.graph.build_sparse_w(
             layer.query_dense(x),
             layer.key_dense(x),
             edge_weight="exponential",
@@ -619,53 +636,56 @@ def test_a_graph_made_before_the_call(is_causal):
             padding_mask=HOLES,
             **SMALL,
         )
-    )
-    masks = {"attention_mask": HOLES, "use_causal_mask": is_causal}
-    assert_same(layer(x, x, **masks, graph=graph), layer(x, x, **masks), atol=1e-5)
+        graph = keras_rwr.graph.normalize_to_p(graph)
+        with pytest.raises(ValueError, match="`graph` must be built with the call's options"):
+            layer(x, x, use_causal_mask=not is_causal, graph=graph)
+        found = [attention(x, x, **masks, graph=graph) for attention in (layer, other)]
+        return [*found, layer(x, x, **masks), other(x, x, **masks)]
+
+    same, shared, expected, own = compiled(calls)(make_inputs())
+    assert_same(same, expected, atol=1e-5)
     # Another layer walks on the same graph.
-    other = built(layer_of(edge_weight="exponential"), seed=4)
-    shared, own = numpy(other(x, x, **masks, graph=graph)), numpy(other(x, x, **masks))
-    assert np.abs(shared - own).max() > 1e-3
-    with pytest.raises(ValueError, match="`graph` must be built with the call's options"):
-        layer(x, x, use_causal_mask=not is_causal, graph=graph)
+    assert np.abs(numpy(shared) - numpy(own)).max() > 1e-3
 
 
 def test_one_graph_made_before_the_call():
     layer = built(layer_of(**{**EXTRAS, "graph_convolution": 2}))
-    x = make_inputs()
-    plain = numpy(ops.einsum("bsd,dgf->bsgf", x, layer.walk.graph_key))
-    taps = numpy(layer.walk.graph_convolution)
-    key = taps[0] * plain + taps[1] * np.pad(plain, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    key = key.astype("float32")
-    bias = ops.clip(ops.einsum("bsgf,gf->bsg", key, layer.walk.discoverability), -8.0, 8.0)
-    graph = keras_rwr.graph.build_sparse_w(
-        ops.einsum("bsd,dgf->bsgf", x, layer.walk.graph_query),
-        key,
-        edge_weight="exponential",
-        concentration=layer.walk.concentration,
-        self_edges=False,
-        is_causal=True,
-        **{**SMALL, "neighbor_block": 1},
-    )
-    graph = keras_rwr.graph.normalize_to_p(graph, bias)
-    expected = layer(x, x, use_causal_mask=True)
-    assert_same(layer(x, x, use_causal_mask=True, graph=graph), expected, atol=1e-5)
+
+    def calls(x):
+        plain = ops.einsum("bsd,dgf->bsgf", x, layer.walk.graph_key)
+        taps = ops.convert_to_tensor(layer.walk.graph_convolution)
+        before = ops.pad(plain, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+        key = taps[0] * plain + taps[1] * before
+        graph = keras_rwr.graph.build_sparse_w(
+            ops.einsum("bsd,dgf->bsgf", x, layer.walk.graph_query),
+            key,
+            edge_weight="exponential",
+            concentration=layer.walk.concentration,
+            self_edges=False,
+            is_causal=True,
+            **{**SMALL, "neighbor_block": 1},
+        )
+        bias = ops.einsum("bsgf,gf->bsg", key, layer.walk.discoverability)
+        graph = keras_rwr.graph.normalize_to_p(graph, ops.clip(bias, -8.0, 8.0))
+        return [layer(x, x, use_causal_mask=True, graph=made) for made in (graph, None)]
+
+    same, expected = compiled(calls)(make_inputs())
+    assert_same(same, expected, atol=1e-5)
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["R1", "R5"])
-def test_dropout_in_training_only(step):
-    layer = built(layer_of(**ABLATION[step], dropout=0.5, seed=3))
+def test_dropout_in_training_only():
+    layer = built(layer_of(**R5, dropout=0.5, seed=3))
     x = make_inputs()
-    expected = built(layer_of(**ABLATION[step]))(x, x)
+    expected = built(layer_of(**R5))(x, x)
     assert_same(layer(x, x), expected, atol=0)
     assert_same(layer(x, x, training=False), expected, atol=0)
     first, second = numpy(layer(x, x, training=True)), numpy(layer(x, x, training=True))
     assert np.abs(first - numpy(expected)).max() > 1e-2
     assert np.abs(first - second).max() > 1e-2
-    again = built(layer_of(**ABLATION[step], dropout=0.5, seed=3))
+    again = built(layer_of(**R5, dropout=0.5, seed=3))
     np.testing.assert_array_equal(numpy(again(x, x, training=True)), first)
 
 
@@ -689,7 +709,7 @@ def test_dropout_leaves_the_walk_alone():
         assert_same(np.abs(signs), np.ones(HEADS), atol=1e-3)
 
 
-@pytest.mark.parametrize("step", ["R1", "R3", "R4", "R5"])
+@pytest.mark.parametrize("step", ["R3", "R5"])
 def test_fit(step):
     x, segments = keras.Input((None, DIM)), keras.Input((None,), dtype="int32")
     options = {} if step == "R5" else {"trainable_lens": True}
@@ -711,14 +731,14 @@ def test_fit(step):
         assert (numpy(layer.walk.log_concentration) <= np.float32(np.log(64.0))).all()
 
 
-@pytest.mark.parametrize("name", ["trained lens", "learned reciprocal", "discoverable graph"])
+@pytest.mark.parametrize("name", ["trained lens", "discoverable graph"])
 def test_every_weight_of_the_walk_has_a_gradient(name):
     """One step of plain gradient descent from the initial values moves every number."""
     layer = layer_of(**COMPUTED[name])
     model = model_of(layer, use_causal_mask=True)
     before = {weight.path: numpy(weight) for weight in layer.extra_weights}
     assert before
-    model.compile(keras.optimizers.SGD(100.0), "mse", jit_compile=False)
+    model.compile(keras.optimizers.SGD(100.0), "mse", jit_compile=BACKEND == "jax")
     model.train_on_batch(make_inputs(), make_inputs(1))
     for weight in layer.extra_weights:
         moved = numpy(weight) != before[weight.path]
@@ -745,14 +765,13 @@ def test_clip_to_range():
     assert (again.minimum, again.maximum) == (1.0, 40.0)
 
 
-@pytest.mark.parametrize("step", ["R2", "R5"])
-def test_one_functional_model_takes_every_length(step):
-    model = model_of(built(layer_of(**ABLATION[step])), use_causal_mask=True)
+def test_one_functional_model_takes_every_length():
+    model = model_of(built(layer_of(**R5)), use_causal_mask=True)
     layer = model.layers[-1]
     for length in (1, LENGTH):
         x = make_inputs(length, (BATCH, length, DIM))
-        expected = layer(x, x, use_causal_mask=True)
-        assert_same(model(x), expected, atol=1e-5)
+        expected = run(layer, x, x, use_causal_mask=True)
+        assert_same(run(model, x), expected, atol=1e-5)
     assert_same(model.predict(x, verbose=0), expected, atol=1e-5)
 
 

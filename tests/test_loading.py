@@ -11,6 +11,7 @@ from test_layer import (
     LENS,
     PLAIN,
     R5,
+    SHAPE,
     assert_same,
     built,
     layer_of,
@@ -18,6 +19,7 @@ from test_layer import (
     model_of,
     numpy,
     paths,
+    run,
 )
 
 FILE = "any.weights.h5"
@@ -30,13 +32,16 @@ class Block(keras.Model):
         super().__init__()
         self.attention = attention
 
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
     def call(self, x):
         return self.attention(x, x)
 
 
 def block_of(attention):
     block = Block(attention)
-    block(make_inputs())
+    block.build(SHAPE)
     return block
 
 
@@ -59,15 +64,15 @@ def test_files_load_both_ways(tmp_path, dropout):
     stock = block_of(keras.layers.MultiHeadAttention(HEADS, KEY_DIM, dropout=dropout))
     layer = block_of(layer_of(dropout=dropout, **PLAIN | {"topk": 0}))
     x = make_inputs()
-    assert np.abs(numpy(layer(x)) - numpy(stock(x))).max() > 0.01
+    assert np.abs(numpy(run(layer, x)) - numpy(run(stock, x))).max() > 0.01
     stock.save_weights(tmp_path / FILE)
     layer.load_weights(tmp_path / FILE)
-    assert_same(layer(x), stock(x))
+    assert_same(run(layer, x), run(stock, x))
 
     built(layer.attention)
     layer.save_weights(tmp_path / "rwr.weights.h5")
     stock.load_weights(tmp_path / "rwr.weights.h5")
-    assert_same(stock(x), layer(x), atol=1e-5)
+    assert_same(run(stock, x), run(layer, x), atol=1e-5)
 
 
 def test_files_that_name_layers_after_their_class_are_refused(tmp_path):
@@ -190,5 +195,4 @@ def test_weights_of_reduced_precision_load(tmp_path, dtype):
     built(saved)
     model.save_weights(tmp_path / FILE)
     block_of(loaded).load_weights(tmp_path / FILE)
-    x = make_inputs()
-    assert_same(loaded(x, x), saved(x, x), atol=0)
+    assert_walk_is(loaded, values(saved))

@@ -5,7 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, assert_close
+from helpers import BACKEND, assert_close, compiled
 from keras import ops
 from test_layer import (
     ABLATION,
@@ -22,7 +22,10 @@ from test_layer import (
     layer_of,
     make_inputs,
     numpy,
+    run,
 )
+
+from keras_rwr._tokens import Tokens, read_masks
 
 RIGHT_PADDING = np.arange(LENGTH)[None] < np.array([[LENGTH], [15]])
 CAUSAL = np.tri(LENGTH, dtype=bool)[None]
@@ -32,13 +35,13 @@ SINGLE = {**EXTRAS, "topk": 3}
 # --- padding -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("step", "is_causal"), [("R3", True), ("R5", False)])
-def test_every_form_of_padding_mask_is_the_same(step, is_causal):
-    layer = built(layer_of(**ABLATION[step]))
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_form_of_padding_mask_is_the_same(is_causal):
+    layer = built(layer_of(topk=0, steps=1))
     x = make_inputs()
 
     def call(**masks):
-        return numpy(layer(x, x, use_causal_mask=is_causal, **masks))
+        return numpy(run(layer, x, x, use_causal_mask=is_causal, **masks))
 
     expected = call(attention_mask=HOLES)
     assert np.abs(expected - call()).max() > 1e-3
@@ -72,18 +75,22 @@ def test_keras_masks_are_taken_and_passed_on():
     output = layer(embedded, embedded, use_causal_mask=True)
     model = keras.Model(inputs, [output, pooling(output), pooling(embedded)])
 
-    vectors = ops.take(embedding.embeddings, ids, axis=0)
-    expected = numpy(layer(vectors, vectors, attention_mask=RIGHT_PADDING, use_causal_mask=True))
-    mean = [expected[b, RIGHT_PADDING[b]].mean(0) for b in range(BATCH)]
-    outputs = model(ids)
-    assert_same(outputs[0], expected)
-    assert_same(outputs[1], mean)
-    # The input keeps its mask: layers beside this one need it too.
-    assert_same(outputs[2], [numpy(vectors)[b, RIGHT_PADDING[b]].mean(0) for b in range(BATCH)])
+    def without_model(ids):
+        embedded = embedding(ids)
+        return pooling(layer(embedded, embedded, use_causal_mask=True)), pooling(embedded)
 
-    eager = embedding(ids)
-    assert_same(pooling(layer(eager, eager, use_causal_mask=True)), mean)
-    assert_same(pooling(eager), outputs[2])
+    vectors = ops.take(embedding.embeddings, ids, axis=0)
+    expected = run(layer, vectors, vectors, attention_mask=RIGHT_PADDING, use_causal_mask=True)
+    expected = numpy(expected)
+    outputs, pooled = run(model, ids), compiled(without_model)(ids)
+    assert_same(outputs[0], expected)
+    mean = [expected[b, RIGHT_PADDING[b]].mean(0) for b in range(BATCH)]
+    assert_same(outputs[1], mean)
+    assert_same(pooled[0], mean)
+    # The input keeps its mask: layers beside this one need it too.
+    mean = [numpy(vectors)[b, RIGHT_PADDING[b]].mean(0) for b in range(BATCH)]
+    assert_same(outputs[2], mean)
+    assert_same(pooled[1], mean)
 
 
 @pytest.mark.parametrize("step", ABLATION)
@@ -92,8 +99,8 @@ def test_padding_content_never_reaches_real_tokens(step):
     x = make_inputs()
     other = np.where(HOLES[..., None], x, 100.0 * make_inputs(9))
     other[~HOLES] *= np.where(np.arange((~HOLES).sum()) % 2, 1.0, np.nan)[:, None]
-    a = numpy(layer(x, x, attention_mask=HOLES))
-    b = numpy(layer(other, other, attention_mask=HOLES))
+    call = compiled(lambda x: layer(x, x, attention_mask=HOLES))
+    a, b = numpy(call(x)), numpy(call(other))
     np.testing.assert_array_equal(a[HOLES], b[HOLES])
     # Padding's own output is that of the output projection at 0.
     np.testing.assert_array_equal(b[~HOLES], [numpy(layer.output_dense.bias)] * (~HOLES).sum())
@@ -104,14 +111,11 @@ def test_padding_content_never_reaches_real_tokens(step):
 def test_left_padding_changes_no_real_output(options, is_causal):
     layer = built(layer_of(**options))
     x, padding = make_inputs(), 5
-    expected = numpy(layer(x, x, use_causal_mask=is_causal))
+    expected = numpy(run(layer, x, x, use_causal_mask=is_causal))
     padded = np.concatenate([make_inputs(8)[:, :padding], x], axis=1)
     mask = np.ones((BATCH, 1), bool) & (np.arange(LENGTH + padding) >= padding)
-    output = numpy(layer(padded, padded, attention_mask=mask, use_causal_mask=is_causal))
+    output = numpy(run(layer, padded, padded, attention_mask=mask, use_causal_mask=is_causal))
     assert_close(output[:, padding:], expected, 1e-5)
-    # What a padding token would bring is not nothing.
-    wrong = numpy(layer(padded, padded, use_causal_mask=is_causal))
-    assert np.abs(wrong[:, padding:] - expected).max() > 1e-2
 
 
 # --- causality -----------------------------------------------------------------------------------
@@ -119,20 +123,18 @@ def test_left_padding_changes_no_real_output(options, is_causal):
 
 @pytest.mark.parametrize("step", ABLATION)
 def test_the_future_never_reaches_the_past(step):
-    layer = built(layer_of(**ABLATION[step]))
-    x = make_inputs()
-    expected = numpy(layer(x, x, use_causal_mask=True))
+    layer, x = built(layer_of(**ABLATION[step])), make_inputs()
+    call = compiled(lambda x: layer(x, x, use_causal_mask=True))
+    expected = numpy(call(x))
     for seen in (1, 8, 17):
         other = np.concatenate([x[:, :seen], make_inputs(seen)[:, seen:]], axis=1)
-        output = numpy(layer(other, other, use_causal_mask=True))
-        np.testing.assert_array_equal(output[:, :seen], expected[:, :seen])
-    other = np.concatenate([x[:, :17], make_inputs(17)[:, 17:]], axis=1)
-    assert np.abs(numpy(layer(other, other)) - numpy(layer(x, x)))[:, :17].max() > 1e-3
+        np.testing.assert_array_equal(numpy(call(other))[:, :seen], expected[:, :seen])
+    assert np.abs(numpy(run(layer, other, other)) - numpy(run(layer, x, x)))[:, :17].max() > 1e-3
     # Not even where it is no number.
     for broken in (np.nan, np.inf, -np.inf):
         other = x.copy()
         other[:, 17, 3], other[:, 20] = broken, 1e30
-        output = numpy(layer(other, other, use_causal_mask=True))
+        output = numpy(call(other))
         np.testing.assert_array_equal(output[:, :17], expected[:, :17])
         assert np.isnan(output[:, 17:]).all()
 
@@ -149,29 +151,26 @@ def test_the_future_never_reaches_the_past(step):
 def test_packed_documents_are_those_run_alone(options, is_causal):
     layer = built(layer_of(**options))
     x = make_inputs()
-    output = numpy(layer(x, x, segment_ids=SEGMENTS, use_causal_mask=is_causal))
+    output = numpy(run(layer, x, x, segment_ids=SEGMENTS, use_causal_mask=is_causal))
+    alone = compiled(lambda x: layer(x, x, use_causal_mask=is_causal))
     bounds = np.flatnonzero(np.diff(SEGMENTS[0], prepend=9, append=9))
     assert len(bounds) == 5
     for start, stop in itertools.pairwise(bounds):
-        if SEGMENTS[0, start] == SEGMENTS[0, 0]:
-            continue  # the first and the third have the same number: they are one document
-        document = slice(start, stop)
-        alone = layer(x[:, document], x[:, document], use_causal_mask=is_causal)
-        assert_close(output[:, document], numpy(alone), 1e-5)
-    # A document in two pieces is still one: what lies between is as padding.
-    one = SEGMENTS[0, 0] == SEGMENTS
-    expected = numpy(layer(x, x, attention_mask=one, use_causal_mask=is_causal))
+        if SEGMENTS[0, start] != SEGMENTS[0, 0]:
+            document = slice(start, stop)
+            assert_close(output[:, document], numpy(alone(x[:, document])), 1e-5)
+    # The first and the third have the same number: what lies between them is as padding.
+    one = np.equal(SEGMENTS, SEGMENTS[0, 0])
+    expected = numpy(run(layer, x, x, attention_mask=one, use_causal_mask=is_causal))
     assert_close(output[one], expected[one], 1e-5)
-    unpacked = numpy(layer(x, x, use_causal_mask=is_causal))
-    assert np.abs(output - unpacked)[:, 6:].max() > 1e-2
 
 
 def test_segments_of_one_row_serve_the_batch():
     layer = built(layer_of(**SINGLE))
     x = make_inputs()
-    expected = numpy(layer(x, x, segment_ids=SEGMENTS))
+    expected = numpy(run(layer, x, x, segment_ids=SEGMENTS))
     for segments in (SEGMENTS[:1], SEGMENTS.tolist(), SEGMENTS.astype("int64") + 7):
-        np.testing.assert_array_equal(numpy(layer(x, x, segment_ids=segments)), expected)
+        np.testing.assert_array_equal(numpy(run(layer, x, x, segment_ids=segments)), expected)
 
 
 def test_blocks_with_segments_are_refused():
@@ -201,46 +200,54 @@ def square(padding=None, segments=None, is_causal=False):
     return mask & CAUSAL if is_causal else mask
 
 
+def pairs(**masks):
+    """Which token sees which, and what else there is to know of masks."""
+    found = read_masks(keras.KerasTensor(SHAPE), **masks)
+    tokens = Tokens.create(LENGTH, found.is_causal, found.padding_mask, found.segment_ids)
+    seen = np.broadcast_to(numpy(tokens.pairs())[:, 0], (BATCH, LENGTH, LENGTH))
+    return seen, found.is_causal, found.segment_ids is not None
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "packed"])
 @pytest.mark.parametrize(
     "padding",
-    [None, HOLES, RIGHT_PADDING, ~RIGHT_PADDING[::-1]],
+    [None, HOLES, RIGHT_PADDING, RIGHT_PADDING[:, ::-1]],
     ids=["full", "holes", "right", "left"],
 )
 def test_square_masks_say_padding_causality_and_packing(padding, segments, is_causal):
-    layer = built(layer_of(**SINGLE))
-    x = make_inputs()
-    expected = numpy(
-        layer(x, x, attention_mask=padding, segment_ids=segments, use_causal_mask=is_causal)
-    )
     mask = square(padding, segments, is_causal)
     # Whether padding sees anything does not matter.
     blind = mask if padding is None else mask & padding[:, :, None]
-    for form in (
-        mask,
-        mask[:, None],
-        mask.astype("int32"),
-        blind,
-        blind[:, None].astype("float32"),
-    ):
-        np.testing.assert_array_equal(numpy(layer(x, x, attention_mask=form)), expected)
-    # What it says may be said twice.
-    said = layer(x, x, attention_mask=mask, query_mask=padding, use_causal_mask=is_causal)
-    np.testing.assert_array_equal(numpy(said), expected)
-    if is_causal:
-        mask = square(padding, segments)
-        output = layer(x, x, attention_mask=mask, use_causal_mask=True)
-        np.testing.assert_array_equal(numpy(output), expected)
+    forms = [mask, mask[:, None], mask.astype("int32"), blind, blind[:, None].astype("float32")]
+    expected = pairs(attention_mask=padding, segment_ids=segments, use_causal_mask=is_causal)
+    np.testing.assert_array_equal(expected[0], blind)
+    for form in forms:
+        found = pairs(attention_mask=form, use_causal_mask=False)
+        np.testing.assert_array_equal(found[0], blind)
+        assert found[1:] == expected[1:] == (is_causal, segments is not None)
+        # What it says may be said twice.
+        found = pairs(attention_mask=form, query_mask=padding, use_causal_mask=is_causal)
+        np.testing.assert_array_equal(found[0], blind)
+    # And part of it may be said elsewhere.
+    found = pairs(
+        attention_mask=square(None, segments), value_mask=padding, use_causal_mask=is_causal
+    )
+    np.testing.assert_array_equal(found[0], blind)
+
+
+def test_outputs_with_square_masks():
+    layer, x = built(layer_of(topk=0, steps=1)), make_inputs()
+    expected = layer(x, x, attention_mask=HOLES, segment_ids=SEGMENTS, use_causal_mask=True)
+    output = layer(x, x, attention_mask=square(HOLES, SEGMENTS, is_causal=True))
+    np.testing.assert_array_equal(numpy(output), numpy(expected))
 
 
 def test_square_masks_of_one_row_serve_the_batch():
-    layer = built(layer_of(**SINGLE))
-    x = make_inputs()
-    expected = numpy(layer(x, x, use_causal_mask=True))
-    np.testing.assert_array_equal(numpy(layer(x, x, attention_mask=CAUSAL)), expected)
-    _, scores = layer(x, x, attention_mask=CAUSAL[None], return_attention_scores=True)
-    assert not np.triu(numpy(scores), 1).any()
+    for mask in (CAUSAL, CAUSAL[None]):
+        seen, is_causal, _ = pairs(attention_mask=mask, use_causal_mask=False)
+        assert is_causal
+        np.testing.assert_array_equal(seen, square(is_causal=True))
 
 
 BAND = np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))) < 4
@@ -271,10 +278,11 @@ def test_square_masks_beside_segments_are_refused():
     layer, x = layer_of(**SINGLE), make_inputs()
     with pytest.raises(ValueError, match="`segment_ids` must be `None` where `attention_mask`"):
         layer(x, x, attention_mask=square(segments=SEGMENTS), segment_ids=SEGMENTS)
-    packed = built(layer)
-    expected = numpy(packed(x, x, segment_ids=SEGMENTS, use_causal_mask=True))
-    output = packed(x, x, attention_mask=square(is_causal=True), segment_ids=SEGMENTS)
-    np.testing.assert_array_equal(numpy(output), expected)
+    seen, is_causal, has_segments = pairs(
+        attention_mask=CAUSAL, segment_ids=SEGMENTS, use_causal_mask=False
+    )
+    assert is_causal and has_segments
+    np.testing.assert_array_equal(seen, square(segments=SEGMENTS, is_causal=True))
 
 
 def compiled_call(layer, x, mask):
@@ -303,7 +311,7 @@ def test_square_masks_are_refused_in_compiled_calls():
     masks = keras.Input((LENGTH,), dtype="bool"), keras.Input((LENGTH,), dtype="int32")
     output = layer(symbol, symbol, attention_mask=masks[0], segment_ids=masks[1])
     model = keras.Model([symbol, *masks], output)
-    expected = layer(x, x, attention_mask=HOLES, segment_ids=SEGMENTS)
+    expected = run(layer, x, x, attention_mask=HOLES, segment_ids=SEGMENTS)
     assert_same(model.predict([x, HOLES, SEGMENTS], verbose=0), expected, atol=1e-5)
 
 

@@ -255,7 +255,6 @@ def quick_compilation(monkeypatch):
         yield
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="fit is always compiled there")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("quick_compilation")
 def test_jit_compiled_training():

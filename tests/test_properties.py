@@ -16,8 +16,11 @@ from helpers import (
     assert_close,
     attention,
     attention_gradients,
+    build_graph,
     case,
     compiled,
+    graph_bias,
+    graph_vectors,
     numpy,
 )
 from hypothesis import given, settings
@@ -25,7 +28,6 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_rwr import _reference
-from keras_rwr import graph as graphs
 from keras_rwr._attend import Heads
 from keras_rwr._attend import Inputs as Tensors
 from keras_rwr.options import Call, Options
@@ -174,47 +176,32 @@ def test_the_leak_check_notices_a_leak():
 
 def sparse_transition(made):
     """(P, pi) of the public graph functions."""
-    options = dict(made.options)
-    symmetric = options.pop("reversible", False)
-    inputs = made.inputs
-    kept = (
-        "window",
-        "topk",
-        "neighbor_block",
-        "threshold",
-        "edge_weight",
-        "self_edges",
-        "is_causal",
-    )
-    query, key = oracle.graph_vectors(
-        inputs.query, inputs.key, inputs.graph_query, inputs.graph_key
-    )
-    built = graphs.build_sparse_w(
-        query.astype("float32"),
-        key.astype("float32"),
-        concentration=inputs.concentration,
-        **inputs.given("padding_mask", "segment_ids"),
-        **{key: value for key, value in options.items() if key in kept},
-    )
-    if symmetric:
-        built = graphs.reversible(built)
-    bias = np.zeros(query.shape[:3], "float32")
-    if made.discoverability:
-        bias = np.einsum("bjgf,gf->bjg", key, inputs.discoverability).clip(-8, 8)
-    built = graphs.normalize_to_p(built, bias.astype("float32"))
-    stationary = np.exp(bias) * numpy(built.degree)
-    return numpy(built.to_dense()), np.moveaxis(stationary, 1, 2)
+
+    def matrices(query, key):
+        built = build_graph(made, query, key)[-1]
+        return built.to_dense(), built.degree
+
+    transition, degree = map(numpy, compiled(matrices)(*graph_vectors(made)))
+    bias = graph_bias(made)
+    stationary = degree if bias is None else np.exp(bias) * degree
+    return transition, np.moveaxis(stationary, 1, 2)
 
 
 def dense_transition(made):
     """(P, pi) of the reference."""
     options = Options.pick(dict(made.options))
     call = Call.pick(dict(made.options))
-    arrays = {**made.inputs.arrays(), **made.inputs.given("padding_mask", "segment_ids")}
-    tensors = {name: ops.convert_to_tensor(x) for name, x in arrays.items()}
-    heads = Heads.create(Tensors(**tensors), options, call)
-    _, log_degree, bias, step = _reference.transition_matrix(heads, options)
-    return numpy(step), np.exp(numpy(log_degree + bias))[..., 0]
+    fixed = made.inputs.given("padding_mask", "segment_ids")
+
+    def matrices(tensors):
+        tensors |= {name: ops.convert_to_tensor(x) for name, x in fixed.items()}
+        heads = Heads.create(Tensors(**tensors), options, call)
+        _, log_degree, bias, step = _reference.transition_matrix(heads, options)
+        return step, (log_degree + bias)[..., 0]
+
+    tensors = {name: ops.convert_to_tensor(x) for name, x in made.inputs.arrays().items()}
+    transition, logs = map(numpy, compiled(matrices)(tensors))
+    return transition, np.exp(logs)
 
 
 TRANSITIONS = {

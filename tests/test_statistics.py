@@ -7,9 +7,13 @@ import keras
 import numpy as np
 import oracle
 import pytest
+from helpers import assert_close
 from test_layer import (
     BATCH,
+    DIM,
     EXTRAS,
+    HEADS,
+    KEY_DIM,
     LENGTH,
     R5,
     SEGMENTS,
@@ -25,15 +29,6 @@ import keras_rwr
 from keras_rwr.ablation import build_backbone
 from keras_rwr.statistics import attention_statistics, record_calls, walk_statistics
 
-SIZES = {
-    "vocabulary_size": 29,
-    "num_layers": 2,
-    "num_heads": 2,
-    "hidden_dim": 12,
-    "intermediate_dim": 20,
-    "dropout": 0.0,
-    "max_sequence_length": 32,
-}
 NAMES = ["degree", "edges", "outside_window", "entropy", "isolated"]
 HITS = ["hit_rate", "attention_on_edges"]
 
@@ -105,12 +100,11 @@ def looped(layer, inputs, is_causal):
 
 
 STATISTICS = {
-    "R1": ({}, False),
-    "R1 causal": ({}, True),
+    "R1": ({}, True),
     "R3": ({"reversible": True, "reciprocal_beta": 0.7, "use_discoverability": True}, True),
     "R4": ({"edge_weight": "exponential", "trainable_lens": True}, False),
     "R5": (EXTRAS, True),
-    "two graphs": ({**EXTRAS, "graph_heads": 2, "stopping": "learned", "reversible": True}, False),
+    "two graphs": ({**R5, "graph_heads": 2, "stopping": "learned"}, False),
     "no neighbours": ({"topk": 0, "self_edges": False, "threshold": 0.3}, True),
 }
 
@@ -119,7 +113,9 @@ STATISTICS = {
 def test_statistics_equal_loops(name):
     """Over the tokens of all sequences: those of a long one count for more."""
     options, is_causal = STATISTICS[name]
-    layer = built(layer_of(**{"window": 2, "topk": 3, "neighbor_block": 1, **options}))
+    options = {"window": 2, "topk": 3, "neighbor_block": 1, **options}
+    # How the output is computed does not matter.
+    layer = built(layer_of(**options, implementation="reference"))
     inputs = {
         "query": make_inputs(),
         "value": make_inputs(1),
@@ -132,19 +128,11 @@ def test_statistics_equal_loops(name):
     for key, values in expected.items():
         mean = np.mean(values) if np.size(values) else 0.0
         assert found[key] == pytest.approx(mean, rel=2e-5, abs=1e-6), key
-    # Means of each sequence's means are others, and so are those with padding.
-    halves = [{k: x[b : b + 1] for k, x in inputs.items()} for b in range(BATCH)]
-    alone = [walk_statistics(Masked(layer, is_causal), half)[0] for half in halves]
+    # The mean of the two sequences' means is another.
+    halves = [{key: x[b : b + 1] for key, x in inputs.items()} for b in range(BATCH)]
+    halves = [looped(layer, half, is_causal) for half in halves]
     for key in ("edges", "entropy"):
-        assert abs(np.mean([part[key] for part in alone]) - found[key]) > 1e-3
-
-
-def test_statistics_without_masks():
-    layer = built(layer_of(**R5))
-    inputs = {"query": make_inputs(), "value": make_inputs(1)}
-    (found,) = walk_statistics(Masked(layer, False), inputs)
-    for key, values in looped(layer, inputs, False).items():
-        assert found[key] == pytest.approx(np.mean(values), rel=2e-5, abs=1e-6), key
+        assert abs(np.mean([np.mean(half[key]) for half in halves]) - found[key]) > 1e-3
 
 
 def test_a_graph_made_before_the_call_counts_each_sequence():
@@ -180,6 +168,21 @@ def test_isolated_tokens_have_no_edges():
     assert found["entropy"] == pytest.approx(entropy * (LENGTH - 1) / LENGTH, rel=1e-5)
 
 
+def test_a_window_that_holds_all():
+    layer = built(layer_of(window=LENGTH, edge_weight="exponential", alpha=1.0))
+    inputs = {"query": make_inputs(), "value": make_inputs()}
+    (found,) = walk_statistics(Masked(layer, True), inputs)
+    assert found["outside_window"] == found["hit_rate"] == found["isolated"] == 0.0
+    # Exponential edges without a cut link every token to all before it.
+    assert found["edges"] == (LENGTH + 1) / 2
+    assert found["attention_on_edges"] == pytest.approx(1.0)
+    # A walk that restarts at once stays at home.
+    assert found["entropy"] == pytest.approx(0.0, abs=1e-6)
+
+
+# --- models, and in training ---------------------------------------------------------------------
+
+
 def test_calls_are_recorded_in_their_order():
     first, second = layer_of(**R5), layer_of(steps=0)
     x = make_inputs()
@@ -197,118 +200,67 @@ def test_calls_are_recorded_in_their_order():
         model(x)
     assert [call.layer for call in calls] == [first, first]
     assert [call.is_causal for call in calls] == [False, True]
-    np.testing.assert_allclose(numpy(calls[0].inputs.key), numpy(first.key_dense(x)), rtol=1e-5)
+    assert_close(numpy(calls[0].inputs.key), numpy(first.key_dense(x)), 1e-6)
+    # Afterwards nothing is recorded, and what it did to the layers is undone.
     model(x)
     assert len(calls) == 2
+    assert not any("inputs" in vars(layer.walk) for layer in (first, second))
 
 
-def tokens():
-    return np.random.default_rng(5).integers(0, 29, (2, 23)).astype("int32")
+SIZES = {
+    "vocabulary_size": 29,
+    "num_layers": 4,
+    "num_heads": HEADS,
+    "hidden_dim": HEADS * KEY_DIM,
+    "intermediate_dim": 20,
+    "dropout": 0.0,
+    "max_sequence_length": LENGTH,
+}
 
 
-def probe(token_ids, mask=None):
-    mask = np.ones_like(token_ids) if mask is None else mask.astype("int32")
-    return {"token_ids": token_ids, "padding_mask": mask}
-
-
-@pytest.mark.parametrize("step", ["R1", "R3", "R4"])
-def test_each_layer_has_statistics_in_their_ranges(step):
-    overrides = {"window": 3, "topk": 8, "neighbor_block": 4}
-    layers = walk_statistics(build_backbone(step, overrides, **SIZES), probe(tokens()))
+def test_layers_of_a_backbone_that_walk():
+    token_ids = np.random.default_rng(5).integers(0, 29, (BATCH, LENGTH)).astype("int32")
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones((BATCH, LENGTH), "int32")}
+    backbone = build_backbone("R5", {"window": 3, "graph_dim": 6}, **SIZES)
+    layers = walk_statistics(backbone, inputs)
     assert len(layers) == 2
     for statistics in layers:
-        names = [*NAMES, *HITS, "lens_strength", *(["concentration"] if step == "R4" else [])]
-        assert list(statistics) == names
-        assert 0 < statistics["hit_rate"] < 1
-        assert 0 < statistics["attention_on_edges"] < 1
-        assert statistics["lens_strength"] == pytest.approx(0.3)
-        assert statistics.get("concentration", 20.0) == pytest.approx(20.0)
-        assert 0 < statistics["degree"] <= statistics["edges"] * math.exp(8)
-        # the token itself, three before it, two blocks of four; a walk reaches further
-        assert 1 <= statistics["edges"] <= 12
-        assert 0 < statistics["outside_window"] < 1
-        assert 0 < statistics["entropy"] <= math.log(23)
-        assert 0 <= statistics["isolated"] < 0.5
-
-
-def test_a_walk_that_restarts_at_once_stays_at_home():
-    overrides = {"window": 3, "topk": 8, "neighbor_block": 4, "alpha": 1.0}
-    for statistics in walk_statistics(build_backbone("R1", overrides, **SIZES), probe(tokens())):
-        assert statistics["outside_window"] == 0.0
-        assert statistics["entropy"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_nothing_is_outside_a_window_that_holds_all():
-    overrides = {"window": 23, "topk": 8, "neighbor_block": 4, "edge_weight": "exponential"}
-    for statistics in walk_statistics(build_backbone("R1", overrides, **SIZES), probe(tokens())):
-        assert statistics["outside_window"] == 0.0
-        assert statistics["attention_on_edges"] == pytest.approx(1.0)
-        assert statistics["hit_rate"] == 0.0
-        # exponential edges without a cut link every token to all before it
-        assert statistics["edges"] == 12.0
-        assert statistics["isolated"] == 0.0
-
-
-def test_padding_does_not_count():
-    backbone = build_backbone("R2", {"window": 3, "topk": 8, "neighbor_block": 4}, **SIZES)
-    short = tokens()[:, :17]
-    padded = np.concatenate([short, np.full((2, 6), 7, "int32")], axis=1)
-    mask = np.arange(23)[None, :].repeat(2, 0) < 17
-    for expected, actual in zip(
-        walk_statistics(backbone, probe(short)),
-        walk_statistics(backbone, probe(padded, mask)),
-        strict=True,
-    ):
-        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert list(statistics) == [*NAMES, *HITS, *(f"hop_{t}" for t in range(5)), "concentration"]
+        assert [statistics[f"hop_{t}"] for t in range(5)] == [0.5, 1.0, 0.5, 0.5, 0.5]
+        assert statistics["concentration"] == pytest.approx(20.0)
+        # Three tokens before it and eight more.
+        assert 1 <= statistics["edges"] <= 11
 
 
 def test_bad_input():
     for model in ("model", None, lambda x: x):
         with pytest.raises(TypeError, match=r"`model` must be a Keras layer\. Received: model="):
-            walk_statistics(model, probe(tokens()))
+            walk_statistics(model, make_inputs())
     with pytest.raises(
-        ValueError, match=r"must call an RWRAttention with `steps` > 0\. Received: model=GPT2Back"
+        ValueError, match=r"must call an RWRAttention with `steps` > 0\. Received: model=Dense"
     ):
-        walk_statistics(build_backbone("R0", **SIZES), probe(tokens()))
-    backbone = build_backbone("R1", {"window": 15}, **SIZES)
-    with pytest.raises(ValueError, match=r"must have a real token.*\(2, 23, 2, 6\)"):
-        walk_statistics(backbone, probe(tokens(), np.zeros((2, 23))))
-    for shape in ((0, LENGTH, 6), (2, 0, 6)):
-        with pytest.raises(ValueError, match="must have a real token"):
-            walk_statistics(small_model(), np.zeros(shape, "float32"))
-    # What it did to the layers is undone.
-    walks = [layer.walk for layer in backbone._flatten_layers() if hasattr(layer, "walk")]
-    assert walks and not any("inputs" in vars(walk) for walk in walks)
-
-
-# --- any model, and in training ------------------------------------------------------------------
-
-
-def small_model():
-    inputs = keras.Input((None, 6))
-    options = {"window": 2, "topk": 4, "neighbor_block": 2}
-    first = keras_rwr.RWRAttention(2, 3, **options)
-    second = keras_rwr.RWRAttention(2, 3, edge_weight="exponential", trainable_lens=True, **options)
-    x = first(inputs, inputs)
-    x = second(x, x, use_causal_mask=True)
-    return keras.Model(inputs, keras.layers.Dense(1)(x))
-
-
-def test_each_call_of_any_model():
-    x = np.random.default_rng(0).normal(size=(3, 19, 6)).astype("float32")
-    both_ways, causal = walk_statistics(small_model(), x)
-    assert list(both_ways) == [*NAMES, *HITS, "lens_strength"]
-    assert list(causal) == [*NAMES, *HITS, "lens_strength", "concentration"]
-    # Both ways most tokens see two on each side besides the token itself.
-    assert both_ways["edges"] <= 9.0 and causal["edges"] <= 7.0
+        walk_statistics(keras.layers.Dense(3), make_inputs())
+    model, x = Masked(built(layer_of(topk=0, steps=1)), True), make_inputs()
+    for inputs, shape in (
+        ({"query": x, "value": x, "padding_mask": np.zeros((BATCH, LENGTH), bool)}, r"\(2, 23"),
+        ({"query": x[:0], "value": x[:0]}, r"\(0, 23"),
+        ({"query": x[:, :0], "value": x[:, :0]}, r"\(2, 0"),
+    ):
+        with pytest.raises(ValueError, match=f"must have a real token.*shape {shape}, 4, 5"):
+            walk_statistics(model, inputs)
 
 
 def test_statistics_in_the_logs(tmp_path):
-    x, y = np.random.default_rng(0).normal(size=(2, 4, 19, 6)).astype("float32")
-    model = small_model()
+    inputs = keras.Input((LENGTH, DIM))
+    first = layer_of(topk=0)
+    second = layer_of(topk=0, edge_weight="exponential", trainable_lens=True)
+    x = first(inputs, inputs, use_causal_mask=True)
+    x = second(x, x, use_causal_mask=True)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
     model.compile(keras.optimizers.SGD(0.5), loss="mse")
+    x, y = make_inputs(), make_inputs(1)
     path = tmp_path / "losses.csv"
-    callbacks = [keras_rwr.callbacks.RWRStatsCallback(x[:2]), keras.callbacks.CSVLogger(str(path))]
+    callbacks = [keras_rwr.callbacks.RWRStatsCallback(x), keras.callbacks.CSVLogger(str(path))]
     history = model.fit(x, y[..., :1], epochs=2, verbose=0, callbacks=callbacks).history
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -320,4 +272,4 @@ def test_statistics_in_the_logs(tmp_path):
     # The trained gamma of the second layer moves, the fixed one of the first does not.
     first, second = ([row[f"rwr_{i}_lens_strength"] for row in rows] for i in (0, 1))
     assert first[0] == first[1] and second[0] != second[1]
-    assert walk_statistics(model, x[:2])[1]["lens_strength"] == pytest.approx(float(second[-1]))
+    assert walk_statistics(model, x)[1]["lens_strength"] == pytest.approx(float(second[-1]))

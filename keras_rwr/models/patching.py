@@ -42,7 +42,7 @@ def patch_gpt2_with_rwr(model: Any, *, layers: Any = None, **rwr_options: Any) -
     with `unpatch_gpt2`.
 
     **What does not survive saving** is the patch: `.keras` files and presets hold a stock model,
-    which loads with full attention and without the weights that options added. To save a model with
+    which loads with full attention, or not at all where options added weights. To save a model with
     RWR attention, convert it: `RWRGPT2Backbone.from_backbone(model)` takes a patched backbone's
     weights and options. Weights files by themselves (`save_weights`) load into a model patched the
     same way.

@@ -17,7 +17,7 @@ from studies import training, workers
 from studies.ablation import main
 from studies.arguments import choose_steps, make_parser, rwr_overrides
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "layers": 2,
     "width": 16,
@@ -79,9 +79,11 @@ def tree(folder):
 # === The command ===
 
 
-def test_dry_run_trains_every_step_once_and_keeps_nothing(tmp_path):
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+def test_dry_run_trains_every_step_once_and_keeps_nothing(backend, tmp_path):
     command = [sys.executable, "-m", "studies.ablation", "--dry-run", *flags()]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment["KERAS_BACKEND"] = backend
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

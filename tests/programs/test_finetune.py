@@ -14,7 +14,7 @@ import pytest
 from keras_rwr.models import RWRGPT2CausalLM
 from keras_rwr.statistics import record_calls
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WINDOW = 4
 OPTIONS = ("--options", f"window={WINDOW}", "topk=8", "neighbor_block=4", "steps=1")
 TINY = ("--context", "32", "--batch-size", "2", "--epochs", "1")
