@@ -501,9 +501,7 @@ class _Near:
     def take(self, x: Tensor) -> Tensor:
         """`(B, n, R, F)` to `(B, n, width, F)`."""
         batch, heads, _, features = ops.shape(x)
-        zero = ops.zeros_like(self.start)  # JAX takes indices of one dtype only
-        start = (zero, zero, self.start, zero)
-        return ops.slice(x, start, (batch, heads, self.width, features))
+        return ops.slice(x, _corner(self.start), (batch, heads, self.width, features))
 
 
 def _local_step(
@@ -568,7 +566,7 @@ def _dense_step(
     call = Call(is_causal=True)
     output = _reference.rwr_attention(Heads.create(everything, options, call), options, call)
     batch, number, _, features = ops.shape(output)
-    return ops.slice(output, (0, 0, index, 0), (batch, number, 1, features)), cache
+    return ops.slice(output, _corner(index), (batch, number, 1, features)), cache
 
 
 def _vectors(x: Tensor, heads: Heads) -> Tensor:
@@ -601,7 +599,14 @@ def _write(x: Tensor, update: Tensor, index: Any) -> Tensor:
         x = x.contiguous()
         x[:, :, index : index + update.shape[2]] = update
         return x
-    return ops.slice_update(x, (0, 0, index, 0), update)
+    return ops.slice_update(x, _corner(index), update)
+
+
+def _corner(index: Any) -> tuple[Any, ...]:
+    """Where the rows of `(B, n, R, F)` from `index` on begin; JAX takes indices of one dtype."""
+    index = ops.convert_to_tensor(index, dtype="int32")
+    zero = ops.zeros_like(index)
+    return zero, zero, index, zero
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

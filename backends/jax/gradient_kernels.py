@@ -29,6 +29,7 @@ from keras_rwr.backends.jax.tiles import (
     row_positions,
     rows_of,
     rows_of_step,
+    scale_of_gradients,
     share_of_gradients,
     slope,
     sum_over_steps,
@@ -108,11 +109,11 @@ def query_gradients(plan, refs, out):
         edge = probability * (change - refs["local_delta"][...])
         bias_sums = edge
         edge = edge * (plan.logit_scale / LOG2E)
+        query_edge = edge
 
         if plan.steps:
             sharpness = refs["sharpness"][...]
-            scales = query_scale * key_scale
-            cosine = product * scales
+            cosine = product * query_scale * key_scale
             slack = plan.keep_walking * products(adjoints, "state", there)
             along, share = slack - refs["delta"][...], refs["share"][...]
             if plan.biased:
@@ -135,13 +136,13 @@ def query_gradients(plan, refs, out):
             turning = along * cosine
             radial += jnp.sum(turning, 1, keepdims=True)
             out["key_radial"][span, :, lanes] = jnp.sum(turning, 0, keepdims=True)
-            edge += along * scales
+            query_edge += along * scale_of_gradients(query_scale) * key_scale
+            edge += along * query_scale * scale_of_gradients(key_scale)
 
         if plan.biased:
             out["key_bias"][span, :, lanes] = jnp.sum(bias_sums, 0, keepdims=True)
-        edge = bounded(edge, query.dtype)
-        out["edges"][span, :, lanes] = edge
-        return gradient + dot(edge, key), radial
+        out["edges"][span, :, lanes] = bounded(edge, query.dtype)
+        return gradient + dot(bounded(query_edge, query.dtype), key), radial
 
     gradient = jnp.zeros((plan.tile, plan.head), jnp.float32)
     radial = jnp.zeros((plan.tile, 1), jnp.float32)
@@ -208,4 +209,4 @@ def key_gradients(plan, refs, out):
 
 
 def _along_itself(scale, radial):
-    return jnp.where(scale < LONGEST_SCALE, scale * scale * radial, 0.0)
+    return jnp.where(scale < LONGEST_SCALE, scale * scale_of_gradients(scale) * radial, 0.0)

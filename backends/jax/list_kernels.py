@@ -22,6 +22,7 @@ from keras_rwr.backends.jax.tiles import (
     places_of,
     row_positions,
     rows_of_step,
+    scale_of_gradients,
     share_of_gradients,
     slope,
     sum_over_steps,
@@ -139,8 +140,8 @@ def far_edge_gradients(plan, refs, out):
         gradient, radial, bias = carry
         places = places_of(plan, chunk)
         query = listed_rows(plan, refs, "query", places)
-        scales = listed_rows(plan, refs, "query_scale", places) * key_scale
-        cosine = dot(query, key.T) * scales
+        query_scale = listed_rows(plan, refs, "query_scale", places)
+        cosine = dot(query, key.T) * query_scale * key_scale
         linked = link(plan, refs, places, block)
         weight = jnp.where(linked, weigh(cosine, sharpness, plan), 0.0)
 
@@ -164,9 +165,10 @@ def far_edge_gradients(plan, refs, out):
         change = jnp.where(linked, along * slope(cosine, sharpness, plan), 0.0)
         out["entry_radial"][places, :] = jnp.sum(change * cosine, 1, keepdims=True)
         radial += jnp.sum(change * cosine, 0, keepdims=True)
-        change = bounded(change * scales, key.dtype)
-        out["entry_gradient"][places, :] = dot(change, key).astype(out["entry_gradient"].dtype)
-        return gradient + dot(change.T, query), radial, bias
+        to_query = bounded(change * scale_of_gradients(query_scale) * key_scale, key.dtype)
+        out["entry_gradient"][places, :] = dot(to_query, key).astype(out["entry_gradient"].dtype)
+        to_key = bounded(change * query_scale * scale_of_gradients(key_scale), key.dtype)
+        return gradient + dot(to_key.T, query), radial, bias
 
     zeros = jnp.zeros((1, plan.keys), jnp.float32)
     gradient, radial, bias = jax.lax.fori_loop(

@@ -222,6 +222,11 @@ def share_of_gradients(share, plan):
     return share if plan.exponential else jnp.minimum(share, 1.0)
 
 
+def scale_of_gradients(scale):
+    """`1 / |x|` as gradients of x have it: they count a norm below 0.1 as 0.1."""
+    return jnp.minimum(scale, 10.0)
+
+
 def bounded(x, dtype):
     """The cast of finite numbers to finite numbers."""
     largest = float(jnp.finfo(dtype).max)

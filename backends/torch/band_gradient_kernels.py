@@ -9,13 +9,15 @@ import triton.language as tl
 from keras_rwr.backends.torch.edge_products import edge_products, load_adjoints, load_states
 from keras_rwr.backends.torch.tiles import (
     LOG2E,
-    LONGEST_SCALE,
+    along_itself,
+    bounded,
     head_offset,
     keep_pairs,
     load_gain,
     load_numbers,
     load_rows,
     locate_in_band,
+    scale_of_gradients,
     share_of_gradients,
     slope,
     store_numbers,
@@ -170,11 +172,11 @@ def band_edge_gradients(
         edge = probability * (change - local_delta[:, None])
         span_bias = tl.sum(edge, 0)
         edge = edge * (logit_scale / LOG2E)
+        query_edge = edge
         span_radial = tl.zeros((COLUMNS,), tl.float32)
 
         if STEPS > 0:
-            scales = query_scale[:, None] * key_scale[None, :]
-            cosine = product * scales
+            cosine = product * query_scale[:, None] * key_scale[None, :]
             if AT_ONCE:
                 states = load_states(
                     start_ptr,
@@ -209,8 +211,8 @@ def band_edge_gradients(
                     GROUP,
                 )
             slack = keep_walking * product - delta[:, None]
-            bounded = share_of_gradients(share, EXPONENTIAL)
-            along = tl.where(near, slack * bounded[:, None] * column_gain[None, :], 0.0)
+            own_share = share_of_gradients(share, EXPONENTIAL)
+            along = tl.where(near, slack * own_share[:, None] * column_gain[None, :], 0.0)
             reach = near
             if bias_ptr is not None:
                 pointers, _ = locate_in_band(
@@ -246,10 +248,16 @@ def band_edge_gradients(
             along = tl.where(reach, along * slope(cosine, sharpness, CUT, EXPONENTIAL), 0.0)
             radial += tl.sum(along * cosine, 1)
             span_radial = tl.sum(along * cosine, 0)
-            edge += tl.minimum(tl.maximum(along * scales, -LARGEST), LARGEST)
+            query_edge += bounded(
+                along * scale_of_gradients(query_scale)[:, None] * key_scale[None, :], LARGEST
+            )
+            edge += bounded(
+                along * query_scale[:, None] * scale_of_gradients(key_scale)[None, :], LARGEST
+            )
 
         edge = edge.to(query.dtype)
-        gradient = tl.dot(edge, key, gradient, input_precision="ieee")
+        query_edge = query_edge.to(query.dtype)
+        gradient = tl.dot(query_edge, key, gradient, input_precision="ieee")
         pointers, held = locate_in_band(
             edges_ptr, head, size, rows[:, None], columns[None, :], WINDOW, EDGE_BREADTH
         )
@@ -271,8 +279,7 @@ def band_edge_gradients(
                 bias_total += tl.load(entry_bias_ptr + entry, mask=chosen, other=0.0)
         if MUTUAL and bias_ptr is not None:
             store_numbers(query_bias_ptr, head, size, rows, inside, bias_total)
-    along_itself = tl.where(query_scale < LONGEST_SCALE, query_scale * query_scale * radial, 0.0)
-    gradient -= query.to(tl.float32) * along_itself[:, None]
+    gradient -= query.to(tl.float32) * along_itself(query_scale, radial)[:, None]
     query_gradient_ptr += head_offset(head, heads, gradient_batch, gradient_head)
     store_rows(query_gradient_ptr, rows, gradient_row, inside, gradient, HEAD_SIZE, HEAD)
     store_numbers(radial_ptr, head, size, rows, inside, radial)
@@ -404,8 +411,7 @@ def key_gradients(
         )
         gradient += far.to(tl.float32)
         radial += load_numbers(far_radial_ptr, head, size, keys, inside, 0.0)
-    along_itself = tl.where(key_scale < LONGEST_SCALE, key_scale * key_scale * radial, 0.0)
-    gradient -= key.to(tl.float32) * along_itself[:, None]
+    gradient -= key.to(tl.float32) * along_itself(key_scale, radial)[:, None]
     key_gradient_ptr += head_offset(head, heads, gradient_batch, gradient_head)
     store_rows(key_gradient_ptr, keys, gradient_row, inside, gradient, HEAD_SIZE, HEAD)
     store_rows(

@@ -11,11 +11,13 @@ import triton.language as tl
 
 from keras_rwr.backends.torch.edge_products import edge_products, load_adjoints, load_states
 from keras_rwr.backends.torch.tiles import (
+    bounded,
     head_offset,
     load_gain,
     load_numbers,
     load_rows,
     outside_window,
+    scale_of_gradients,
     share_of_gradients,
     slope,
     store_numbers,
@@ -342,8 +344,8 @@ def far_edge_gradients(
         query_scale = load_numbers(query_scale_ptr, head, size, queries, listed, 0.0)
         query_share = load_numbers(share_ptr, head, size, queries, listed, 0.0)
         query_delta = load_numbers(delta_ptr, head, size, queries, listed, 0.0)
-        scales = query_scale[:, None] * key_scale[None, :]
-        cosine = tl.dot(query, tl.trans(key), input_precision="ieee") * scales
+        cosine = tl.dot(query, tl.trans(key), input_precision="ieee")
+        cosine = cosine * query_scale[:, None] * key_scale[None, :]
         linked = outside_window(queries, keys, WINDOW, CAUSAL) & listed[:, None] & real[None, :]
 
         if AT_ONCE:
@@ -405,10 +407,12 @@ def far_edge_gradients(
         change = tl.where(linked, along * slope(cosine, sharpness, CUT, EXPONENTIAL), 0.0)
         tl.store(entry_radial_ptr + entry, tl.sum(change * cosine, 1), mask=listed)
         key_radial += tl.sum(change * cosine, 0)
-        change = tl.minimum(tl.maximum(change * scales, -LARGEST), LARGEST).to(key.dtype)
-        part = tl.dot(change, key, input_precision="ieee")
+        to_query = change * scale_of_gradients(query_scale)[:, None] * key_scale[None, :]
+        part = tl.dot(bounded(to_query, LARGEST).to(key.dtype), key, input_precision="ieee")
         store_rows(entry_gradient_ptr, entry, HEAD_SIZE, listed, part, HEAD_SIZE, HEAD)
-        key_gradient = tl.dot(tl.trans(change), query, key_gradient, input_precision="ieee")
+        to_key = change * query_scale[:, None] * scale_of_gradients(key_scale)[None, :]
+        to_key = bounded(to_key, LARGEST).to(key.dtype)
+        key_gradient = tl.dot(tl.trans(to_key), query, key_gradient, input_precision="ieee")
     store_rows(
         key_gradient_ptr + head_start * HEAD_SIZE,
         keys,

@@ -138,6 +138,24 @@ def share_of_gradients(share, EXPONENTIAL: tl.constexpr):
 
 
 @triton.jit
+def scale_of_gradients(scale):
+    """`1 / |x|` as gradients of x have it: they count a norm below 0.1 as 0.1."""
+    return tl.minimum(scale, 10.0)
+
+
+@triton.jit
+def along_itself(scale, radial):
+    """What a vector's gradient along itself is taken away with, as a multiple of the vector."""
+    return tl.where(scale < LONGEST_SCALE, scale * scale_of_gradients(scale) * radial, 0.0)
+
+
+@triton.jit
+def bounded(x, LARGEST: tl.constexpr):
+    """Finite numbers of a dtype whose largest is LARGEST."""
+    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+
+
+@triton.jit
 def mix(x):
     """MurmurHash3's 32-bit finaliser."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B

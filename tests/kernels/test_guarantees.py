@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
+import test_extremes as extremes
 import test_properties as properties
 from helpers import (
     BACKEND,
@@ -147,6 +148,14 @@ def test_padding_content_changes_nothing(step, block, pattern):
 @pytest.mark.parametrize("step", ["R3", "R4"][: 1 if BACKEND == "jax" else None])
 def test_degenerate_inputs_stay_finite(step):
     properties.test_degenerate_inputs_stay_finite(step, 16, KERNEL)
+
+
+SHORT = [("cosine", 0.0), ("exponential", 1e-3), ("cosine", 1e-3), ("exponential", 1e-20)]
+
+
+@pytest.mark.parametrize(("edge_weight", "length"), SHORT[: 2 if BACKEND == "jax" else None])
+def test_gradients_of_short_vectors_are_bounded(edge_weight, length):
+    extremes.test_gradients_of_short_vectors_are_bounded(length, edge_weight, KERNEL)
 
 
 @pytest.mark.parametrize("step", ["R1", "R2", "R3", "R4"][: 2 if BACKEND == "jax" else None])
