@@ -139,7 +139,7 @@ def is_test_path(argument):
 
 def divide(parts):
     """Arguments of pytest for so many processes that share the tests of one backend."""
-    elsewhere = [f"--ignore={x}" for x in (*ACROSS_BACKENDS, KERNELS)]
+    elsewhere = ["--share-costly", *[f"--ignore={x}" for x in (*ACROSS_BACKENDS, KERNELS)]]
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py"))
     return [
         ["tests", *elsewhere, *[f"--ignore={x}" for i, x in enumerate(files) if i % parts != part]]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Test tensors are small: more threads only wait for one another.
@@ -29,6 +30,28 @@ if keras.backend.backend() != "torch":
     collect_ignore += ["test_gpu_benchmark.py", "test_gpu_kernels.py", "test_machine_code.py"]
 if keras.backend.backend() != "jax":
     collect_ignore += ["test_gpu_pallas.py"]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share-costly",
+        action="store_true",
+        help="of tests marked as costly, jax and tensorflow run half each, torch all",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    backend = keras.backend.backend()
+    if not config.getoption("--share-costly") or backend == "torch":
+        return
+    half = int(backend == "tensorflow")
+    mine, others = [], []
+    for item in items:
+        # By name, so that a half has some of each parameter.
+        is_mine = zlib.crc32(item.nodeid.encode()) % 2 == half
+        (mine if is_mine or not item.get_closest_marker("costly") else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = mine
 
 
 def pytest_report_header():

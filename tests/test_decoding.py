@@ -122,12 +122,14 @@ def stepwise(layer, x, behind):
     return np.concatenate(outputs, axis=1)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", OPTIONS)
 def test_stepwise_decoding_equals_the_full_forward_pass(name):
     layer, x = make_layer(**OPTIONS[name]), make_inputs()
     assert_close(stepwise(layer, x, behind=make_inputs(5)), full(layer, x), 1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "stops", "more"),
     [
@@ -338,6 +340,7 @@ INTEGERS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_other_integers_are_indices(kind):
     layer, x, kind = make_layer(**R5), make_inputs(), INTEGERS[kind]

@@ -23,6 +23,7 @@ from keras import ops
 
 from keras_rwr.ops import attention_scores, rwr_attention, token_importance
 
+pytestmark = pytest.mark.costly
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 ONE_HEAD = {"batch": 1, "heads": 1}
 CAUSAL = {"is_causal": True, **SINGLE}

@@ -32,6 +32,9 @@ def assert_as_expected(case, implementation):
     assert_gradients_close(gradients, case.expected_gradients[1])
 
 
+pytestmark = pytest.mark.costly
+
+
 @pytest.mark.parametrize("case", SUM_CASES, ids=str)
 def test_portable(case):
     assert_as_expected(case, "portable")

@@ -189,6 +189,7 @@ COMPUTED = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("name", COMPUTED)
 def test_equals_the_definition(name, is_causal):

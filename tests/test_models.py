@@ -139,6 +139,7 @@ def test_layers_that_do_not_walk_are_local_alone():
     assert (output[: reach + 1] != expected[: reach + 1]).any(-1).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("step", STEPS)
 def test_the_model_is_causal_and_blind_to_padding(step):
     model = rwr_backbone(**STEPS[step])
@@ -218,6 +219,7 @@ def test_lora_trains():
     assert changed == names
 
 
+@pytest.mark.costly
 @QUANTIZE
 def test_int8(tmp_path):
     model = RWRGPT2CausalLM(rwr_backbone(topk=0, num_layers=1))
@@ -348,6 +350,7 @@ class FullPasses(RWRGPT2CausalLM):
         return logits, hidden_states, (tokens,)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "sampler",
     [

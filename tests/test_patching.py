@@ -156,6 +156,7 @@ def test_lora_goes_on():
     assert losses[1] < losses[0]
 
 
+@pytest.mark.costly
 @QUANTIZE
 def test_quantized_models():
     task = stock_task()

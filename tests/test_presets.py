@@ -169,6 +169,7 @@ def test_base_classes_find_ours_and_only_for_ours(base, own_preset, stock_preset
     assert type(base.from_preset(stock_preset)) in OURS[base].__mro__[1:]
 
 
+@pytest.mark.costly
 @QUANTIZE
 def test_quantized_presets(own, tmp_path):
     task = RWRGPT2CausalLM(RWRGPT2Backbone.from_backbone(own.backbone))

@@ -32,6 +32,7 @@ from keras_rwr._attend import Heads
 from keras_rwr._attend import Inputs as Tensors
 from keras_rwr.options import Call, Options
 
+pytestmark = pytest.mark.costly
 VECTORS = ("query", "key", "value", "graph_query", "graph_key")
 CAUSAL = [
     made

@@ -109,6 +109,7 @@ STATISTICS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_equal_loops(name):
     """Over the tokens of all sequences: those of a long one count for more."""
