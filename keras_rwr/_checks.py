@@ -17,6 +17,8 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}. Received: {name}={value}")
+    if value >= 2**31:
+        raise ValueError(f"`{name}` must be less than 2**31. Received: {name}={value}")
 
 
 def check_real(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:

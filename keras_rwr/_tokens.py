@@ -140,6 +140,7 @@ def read_masks(
         check_shape("segment_ids", segment_ids, "(B, S)", (batch, size), (1, size))
     if attention_mask is not None and not any(attention_mask is other for other in seen):
         mask = as_tensor("attention_mask", attention_mask, "any")
+        given = tuple(mask.shape)
         if len(mask.shape) == 4 and mask.shape[1] == 1:
             mask = ops.squeeze(mask, axis=1)
         row = len(mask.shape) == 3 and mask.shape[1] == 1
@@ -152,7 +153,7 @@ def read_masks(
         ):
             raise ValueError(
                 f"`attention_mask` must have one of the shapes {_TAKEN}. Received: attention_mask "
-                f"of shape {tuple(attention_mask.shape)} for query of shape {tuple(query.shape)}"
+                f"of shape {given} for query of shape {tuple(query.shape)}"
             )
         if square:
             mask, packed, use_causal_mask = _read_square(mask, use_causal_mask)

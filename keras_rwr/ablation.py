@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from keras_rwr._checks import check_choice
+
 __all__ = ["STEPS", "Step", "build_backbone", "step_options"]
 
 
@@ -92,12 +94,14 @@ def step_options(step: str, overrides: Mapping[str, Any] | None = None) -> dict[
         depends on their number, see `Step.rwr_layers`.
 
     Raises:
+        TypeError: If `step` is no string, or `overrides` no mapping.
         ValueError: If there is no such step, or R0 is given overrides.
     """
-    if step not in STEPS:
-        raise ValueError(f"`step` must be one of {', '.join(STEPS)}. Received: step={step!r}")
+    check_choice("step", step, tuple(STEPS))
     options = STEPS[step].options
     overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"`overrides` must be a mapping. Received: overrides={overrides!r}")
     if options is not None:
         return {**options, **overrides}
     if overrides:

@@ -302,6 +302,8 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         cache: WalkCache | None = None,
         cache_update_index: Any = None,
     ) -> Any:
+        if value is None:
+            raise TypeError("`value` must be a tensor. Received: value=None")
         key = value if key is None else key
         check_sequences(query.shape, value.shape, key.shape)
         check_bool("return_attention_scores", return_attention_scores)

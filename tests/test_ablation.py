@@ -64,7 +64,7 @@ def test_overrides_replace_the_options_of_a_step():
     assert step_options("R0") is None
     with pytest.raises(ValueError, match=r"must be empty for R0.*Received: overrides="):
         step_options("R0", {"window": 8})
-    with pytest.raises(ValueError, match=r"one of R0, R1.*Received: step='R9'"):
+    with pytest.raises(ValueError, match=r"one of 'R0', 'R1'.*Received: step='R9'"):
         step_options("R9")
 
 

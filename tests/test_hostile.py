@@ -15,7 +15,7 @@ NAN, INFINITE = float("nan"), float("inf")
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
 # What is not an integer, a number in a range, a bool, a string of a list, a number a head.
-NO_INTEGERS = ["3", 1.0, None, True, [3], (1, 2), NAN, {}, np.ones(2), 2 + 1j]
+NO_INTEGERS = ["3", 1.0, 2**31, 10**30, None, True, [3], (1, 2), NAN, {}, np.ones(2), 2 + 1j]
 NO_NUMBERS = ["0.5", None, True, [0.5], NAN, INFINITE, {}, np.ones(2), 1j, -7.0, 70.0]
 NO_BOOLS = ["yes", None, 1, 0.0, [], np.ones(2)]
 NO_CHOICES = ["dot", "", "Cosine", None, 1, True, ["sum"], b"cosine"]
@@ -267,7 +267,7 @@ def test_options_that_do_not_fit_together():
 
 CALLS = {
     "query": [np.ones((2, 5, 2, 8), "float32"), np.ones((5, 8), "float32")],
-    "value": [np.ones((2, 4, 8), "float32"), np.ones((5, 8), "float32")],
+    "value": [np.ones((2, 4, 8), "float32"), np.ones((5, 8), "float32"), None],
     "key": [np.ones((2, 4, 8), "float32"), np.ones((5, 8), "float32")],
     "query_mask": [np.ones((2, 4), bool), np.ones((2, 5, 5), bool), "mask"],
     "value_mask": [np.ones((2, 4), bool), np.ones((2, 5, 5), bool), "mask"],
@@ -279,6 +279,10 @@ CALLS = {
         np.triu(np.ones((2, 5, 5), bool)),
         np.tri(5, 5, 1, bool)[None] & np.ones((2, 1, 1), bool),
         "mask",
+        1.0,
+        True,
+        NAN,
+        [1],
     ],
     "return_attention_scores": NO_BOOLS,
     "use_causal_mask": NO_BOOLS,
@@ -328,7 +332,7 @@ def test_arguments_beside_a_graph():
     refused("`graph`", lambda: rwr_attention(x, x, x, graph=step, is_causal=True, **SINGLE))
 
 
-@pytest.mark.parametrize("step", ["R6", "r1", "", None, 1, NAN])
+@pytest.mark.parametrize("step", ["R6", "r1", "", None, 1, NAN, ["R1"], {}])
 def test_steps_of_the_ablation(step):
     refused("`step`", lambda: step_options(step))
     refused("`step`", lambda: build_backbone(step))
@@ -336,3 +340,5 @@ def test_steps_of_the_ablation(step):
 
 def test_overrides_of_the_ablation():
     refused("`overrides`", lambda: step_options("R0", {"alpha": 0.5}))
+    for value in (3, "window", ["window"]):
+        refused("`overrides`", lambda: step_options("R1", value))  # noqa: B023
