@@ -6,11 +6,11 @@ output = LOCAL + sum_t theta_t P^t V
 import dataclasses
 from typing import Any, Self
 
+import keras
 from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rwr import _dispatch, _reference, _sharding
-from keras_rwr._local import attend_locally
 from keras_rwr._select import select
 from keras_rwr._tensors import (
     contain,
@@ -66,21 +66,27 @@ def attend(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tens
         return _sharding.attend_over_devices(attend, inputs, options, call, tuning)
     spec = _dispatch.CallSpec.of(inputs, options, call, tuning)
     implementation = _dispatch.choose(spec, tuning.implementation)
-    if implementation in _dispatch.KERNELS:
+    if _dispatch.runs_whole(implementation, spec):
         return _dispatch.run_kernel(implementation, inputs, spec.config)
-    heads = Heads.create(inputs, options, call)
+    stages = _dispatch.stages(implementation)
+    heads = Heads.create(inputs, options, call, stages.keep_half)
     if implementation == "reference":
         output = _reference.rwr_attention(heads, options, call, inputs.seed)
     else:
-        output = attend_heads(heads, options, call, tuning, inputs.seed)
+        output = attend_heads(heads, options, call, tuning, inputs.seed, stages)
     return heads.finish(output, inputs.query.dtype)
 
 
 def attend_heads(
-    heads: "Heads", options: Options, call: Call, tuning: Tuning, seed: Tensor = None
+    heads: "Heads",
+    options: Options,
+    call: Call,
+    tuning: Tuning,
+    seed: Tensor = None,
+    stages: _dispatch.Stages = _dispatch.PORTABLE,
 ) -> Tensor:
-    """The operation in O(S) memory, in `keras.ops`: `(B, N, S, V)`."""
-    output = attend_locally(
+    """The operation in O(S) memory: `(B, N, S, V)`."""
+    output = stages.attend_locally(
         heads.query,
         heads.key,
         heads.value,
@@ -96,9 +102,10 @@ def attend_heads(
     number = heads.query.shape[1]
     if options.steps == 0:
         return output + heads.hop_weights * repeat_heads(heads.value, number)
-    transition = heads.transition(options, tuning)
+    transition = heads.transition(options, tuning, stages)
     value = heads.walked_value(transition)
-    return output + walk(transition, value, heads.hop_weights, options, number)
+    matmul = stages.make_matmul(transition)
+    return output + walk(transition, value, heads.hop_weights, options, number, matmul)
 
 
 def attention_matrix(inputs: Inputs, options: Options, call: Call) -> Tensor:
@@ -141,18 +148,22 @@ class Heads:
     graph: SparseGraph | None
 
     @classmethod
-    def create(cls, inputs: Inputs, options: Options, call: Call) -> Self:
-        """Prepares the tensors of a call."""
+    def create(cls, inputs: Inputs, options: Options, call: Call, keep_half: bool = False) -> Self:
+        """Prepares the tensors of a call.
+
+        With `keep_half`, queries, keys and values stay in half precision where they all are.
+        """
         query, key, value = inputs.query, inputs.key, inputs.value
         tokens = Tokens.create(
             ops.shape(query)[1], call.is_causal, inputs.padding_mask, inputs.segment_ids
         )
         shared = inputs.graph_query is not None
-        vectors = [query, key, value]
+        dtype = precision(query, key, value, inputs.graph_query, inputs.graph_key)
+        kinds = {keras.backend.standardize_dtype(x.dtype) for x in (query, key, value)}
+        stored = kinds.pop() if keep_half and len(kinds) == 1 else dtype
+        vectors = [head_major(x, stored) for x in (query, key, value)]
         if shared:
-            vectors += [inputs.graph_query, inputs.graph_key]
-        dtype = precision(*vectors)
-        vectors = [head_major(x, dtype) for x in vectors]
+            vectors += [head_major(x, dtype) for x in (inputs.graph_query, inputs.graph_key)]
         if inputs.padding_mask is not None:
             vectors = [ops.where(tokens.real, x, 0.0) for x in vectors]
         poison = 0.0
@@ -160,7 +171,9 @@ class Heads:
             *vectors, poison = contain(*vectors)
         query, key, value, *graph = vectors
         # Without a graph of its own, each query head has one from its query and key.
-        graph_query, graph_key = graph if shared else (query, repeat_heads(key, query.shape[1]))
+        if not shared:
+            graph = [ops.cast(x, dtype) for x in (query, repeat_heads(key, query.shape[1]))]
+        graph_query, graph_key = graph
         bias = None
         if inputs.discoverability is not None:
             bias = key_bias(graph_key, inputs.discoverability)
@@ -179,11 +192,15 @@ class Heads:
             graph=inputs.graph,
         )
 
-    def transition(self, options: Options, tuning: Tuning) -> SparseGraph:
+    def transition(
+        self, options: Options, tuning: Tuning, stages: _dispatch.Stages = _dispatch.PORTABLE
+    ) -> SparseGraph:
         """The transition matrix: the caller's, or a new one."""
         if self.graph is not None:
             return self.graph
-        neighbors = select(self.graph_query, self.graph_key, self.tokens, options)
+        neighbors = select(
+            self.graph_query, self.graph_key, self.tokens, options, stages.best_blocks
+        )
         return weigh(
             self.graph_query,
             self.graph_key,

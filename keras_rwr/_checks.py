@@ -17,7 +17,7 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}. Received: {name}={value}")
-    if value >= 2**31:
+    if int(value) >= 2**31:
         raise ValueError(f"`{name}` must be less than 2**31. Received: {name}={value}")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,6 +11,9 @@ import keras
 from keras import ops
 
 from keras_rwr._checks import check_bool, check_choice
+from keras_rwr._local import attend_locally
+from keras_rwr._select import best_blocks
+from keras_rwr._sparse import SparseMatrix
 from keras_rwr._tensors import contain
 from keras_rwr.options import IMPLEMENTATIONS, Call, Options, Tuning
 
@@ -21,6 +25,26 @@ KERNELS = {
     "triton": ("keras_rwr.backends.torch", "torch"),
     "pallas": ("keras_rwr.backends.jax", "jax"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What kernels may replace of the stages.
+
+    Attributes:
+        best_blocks: Function, as `keras_rwr._select.best_blocks`.
+        attend_locally: Function, as `keras_rwr._local.attend_locally`.
+        make_matmul: Function of a `SparseGraph` that returns `SparseMatrix.matmul` for its edges.
+        keep_half: Bool. Whether they take queries, keys and values in half precision.
+    """
+
+    best_blocks: Callable = best_blocks
+    attend_locally: Callable = attend_locally
+    make_matmul: Callable = lambda graph: SparseMatrix.matmul
+    keep_half: bool = False
+
+
+PORTABLE = Stages()
 
 # Filled here, not by a call, which a compiler may trace. A module of kernels imports its
 # framework, which is the active backend, but no kernel yet.
@@ -272,6 +296,23 @@ def refusal(name: str, spec: CallSpec) -> str | None:
         return f"it needs the {backend} backend"
     if name not in _loaded:
         return f"this version of keras_rwr has no {name} kernels"
+    reason = _whole_refusal(name, spec)
+    if reason is None or not hasattr(_loaded[name], "supports_stages"):
+        return reason
+    return _loaded[name].supports_stages(spec)
+
+
+def runs_whole(name: str, spec: CallSpec) -> bool:
+    """Whether an implementation that was chosen runs a call by kernels of the whole operation."""
+    return name in KERNELS and _whole_refusal(name, spec) is None
+
+
+def stages(name: str) -> Stages:
+    """The stages of an implementation that was chosen."""
+    return Stages(**_loaded[name].stages()) if name in KERNELS else PORTABLE
+
+
+def _whole_refusal(name: str, spec: CallSpec) -> str | None:
     if spec.beyond_kernels is not None:
         return f"its kernels have no {spec.beyond_kernels}"
     return _loaded[name].supports(spec)

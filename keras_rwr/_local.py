@@ -31,7 +31,7 @@ def attend_locally(
         value: Tensor of shape `(B, M, S, V)`.
         tokens: `Tokens`.
         window: Int >= 0. Half-width of the window.
-        bias: `None` or tensor of shape `(B, M, S, 1)`, added to the logits of key j.
+        bias: `None` or tensor of shape `(B, M or N, S, 1)`, added to the logits of key j.
         dropout: Float in [0, 1). Dropout rate of the probabilities.
         seed: `None`, int or int tensor of shape `(2,)` or `(4,)`: dropout's.
         block_size: `None` or int. Queries in a tile.

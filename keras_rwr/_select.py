@@ -1,5 +1,6 @@
 """Selection: the key blocks outside its window that each query links to. No gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -15,7 +16,13 @@ Tensor = Any
 _ROWS = 256
 
 
-def select(graph_query: Tensor, graph_key: Tensor, tokens: Tokens, options: Options) -> Tensor:
+def select(
+    graph_query: Tensor,
+    graph_key: Tensor,
+    tokens: Tokens,
+    options: Options,
+    best: Callable | None = None,
+) -> Tensor:
     """Chooses each query's best key blocks with a valid token outside its window.
 
     A block's score is the product of the unit query with the mean of the block's unit keys. Ties
@@ -26,6 +33,7 @@ def select(graph_query: Tensor, graph_key: Tensor, tokens: Tokens, options: Opti
         graph_key: Tensor of shape `(B, G, S, F)`, unit vectors.
         tokens: `Tokens`.
         options: `Options`.
+        best: `None` or what chooses in place of `best_blocks`.
 
     Returns:
         Int32 tensor of shape `(B, G, S, topk / neighbor_block)` of block numbers, -1 for none, or
@@ -43,6 +51,28 @@ def select(graph_query: Tensor, graph_key: Tensor, tokens: Tokens, options: Opti
     first = ops.amin(first, (-1, -2))[:, :, None] + far_away
     last = to_blocks(ops.where(tokens.real, positions + far_away, 0), block)
     last = ops.amax(last, (-1, -2))[:, :, None] - far_away
+    chosen = (best or best_blocks)(query, means, first, last, tokens, options)
+    return ops.stop_gradient(chosen)
+
+
+def best_blocks(
+    query: Tensor, means: Tensor, first: Tensor, last: Tensor, tokens: Tokens, options: Options
+) -> Tensor:
+    """Blocks of the largest `query_i . mean_J` with a token outside the window, ties to the left.
+
+    Args:
+        query: Tensor of shape `(B, G, S, F)`.
+        means: Tensor of shape `(B, G, J, F)`.
+        first: Int32 tensor of shape `(B or 1, 1, 1, J)`, each block's first real position.
+        last: Int32 tensor of shape `(B or 1, 1, 1, J)`, each block's last real position.
+        tokens: `Tokens`.
+        options: `Options`.
+
+    Returns:
+        Int32 tensor of shape `(B, G, S, slots)`, the best first, -1 for none.
+    """
+    window = options.window
+    positions = ops.arange(tokens.size, dtype="int32")[:, None]  # (S, 1)
 
     def choose(chunk: tuple[Tensor, ...]) -> Tensor:
         rows, position, label = chunk  # (B, G, R, F), (R, 1), (B or 1, 1, R, 1)
@@ -56,8 +86,7 @@ def select(graph_query: Tensor, graph_key: Tensor, tokens: Tokens, options: Opti
         candidate = ops.logical_and(candidate, label != PADDING)
         return best_columns(ops.where(candidate, scores, NEGATIVE), options.slots)
 
-    chosen = map_chunks(choose, (query, positions, tokens.labels), _ROWS)
-    return ops.stop_gradient(chosen)
+    return map_chunks(choose, (query, positions, tokens.labels), _ROWS)
 
 
 def block_means(key: Tensor, real: Tensor, block: int) -> Tensor:

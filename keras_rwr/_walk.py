@@ -1,11 +1,12 @@
 """The walk: `sum_t theta_t P^t V`, one sparse product a step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from keras import ops
 
 from keras_rwr._far import NEGATIVE
+from keras_rwr._sparse import SparseMatrix
 from keras_rwr._tensors import minimum, repeat_heads
 from keras_rwr._weigh import SparseGraph, softmax_rows
 from keras_rwr.options import Options
@@ -23,7 +24,12 @@ def restart_weights(options: Options, lens_strength: Tensor, dtype: str) -> Tens
 
 
 def walk(
-    graph: SparseGraph, value: Tensor, hop_weights: Tensor, options: Options, heads: int
+    graph: SparseGraph,
+    value: Tensor,
+    hop_weights: Tensor,
+    options: Options,
+    heads: int,
+    matmul: Callable = SparseMatrix.matmul,
 ) -> Tensor:
     """What walkers bring back: for each token the values that t steps lead to, weighted.
 
@@ -33,13 +39,16 @@ def walk(
         hop_weights: Tensor of shape `(B or 1, N or 1, S or 1, T + 1)`, theta.
         options: `Options`.
         heads: Int. Number of query heads N.
+        matmul: Function of a `SparseMatrix` and features: their product.
 
     Returns:
         Tensor of shape `(B, N, S, V)`.
     """
     steps = hop_weights.shape[-1] - 1
-    states = walk_states(graph, value, steps)
-    backward = backward_states(graph, value, steps) if options.is_reciprocal else None
+    states = walk_states(graph, value, steps, matmul)
+    backward = None
+    if options.is_reciprocal:
+        backward = backward_states(graph, value, steps, matmul)
     return combine(states, backward, hop_weights, options, heads)
 
 
@@ -79,17 +88,19 @@ def weigh_states(states: Iterable[Tensor], hop_weights: Tensor) -> Tensor:
     return total
 
 
-def walk_states(graph: SparseGraph, value: Tensor, steps: int) -> Iterator[Tensor]:
+def walk_states(
+    graph: SparseGraph, value: Tensor, steps: int, matmul: Callable = SparseMatrix.matmul
+) -> Iterator[Tensor]:
     """`Z^t = P^t V` for t = 0 … steps, tensors of the shape of `value`."""
     yield value
     state = _side_by_side(graph, value)
     for _ in range(steps):
-        state = graph.matrix.matmul(state)
+        state = matmul(graph.matrix, state)
         yield _heads(graph, state, value)
 
 
 def backward_states(
-    graph: SparseGraph, value: Tensor, steps: int
+    graph: SparseGraph, value: Tensor, steps: int, matmul: Callable = SparseMatrix.matmul
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The walk along `B_ij = P_ij pi_i / pi_j`, its rows normalised anew after each step.
 
@@ -97,6 +108,7 @@ def backward_states(
         graph: `SparseGraph` with its transition matrix.
         value: Tensor of shape `(B, M, S, V)`.
         steps: Int >= 0.
+        matmul: Function of a `SparseMatrix` and features: their product.
 
     Returns:
         For t = 0 … steps the rows of `B^t V` divided by their sums, of the shape of `value`, and
@@ -108,7 +120,7 @@ def backward_states(
         # B_ij = g_i S_ij / D_j
         rows, log_sum = softmax_rows(graph.log_weights, log_sum - graph.log_degree)
         log_sum = log_sum if graph.bias is None else log_sum + graph.bias
-        state = rows.matmul(state)
+        state = matmul(rows, state)
         yield _heads(graph, state, value), graph.tiling.cut(log_sum)
 
 

@@ -18,7 +18,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from keras_rwr._dispatch import KernelCall
+from keras_rwr._select import select
+from keras_rwr._tokens import Tokens
+from keras_rwr._walk import side_by_side
+from keras_rwr._weigh import weigh
+from keras_rwr.backends.torch import local as local_kernels
 from keras_rwr.backends.torch import rwr_attention, select_neighbors
+from keras_rwr.backends.torch import select as select_kernels
+from keras_rwr.backends.torch import walk as walk_kernels
+from keras_rwr.options import Options
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MI300 = GPUTarget("hip", "gfx942", 64)
@@ -43,8 +51,18 @@ NO_PRODUCTS = {
     "start_adjoint",
     "finish_adjoint",
 }
+# Of the stages' kernels, those that multiply tiles.
+STAGES = {
+    "_best_blocks",
+    "_forward",
+    "_query_gradients",
+    "_key_gradients",
+    "_multiply",
+    "_collect",
+    "_band_products",
+}
 # Bytes of a thread that 255 registers have no room for, by head size. No other kernel spills.
-SPILLS = {64: {}, 128: {"collect": 96, "band_edge_gradients": 224, "key_gradients": 80}}
+SPILLS = {64: {}, 128: {"collect": 96, "band_edge_gradients": 240, "key_gradients": 80}}
 
 
 class Device:
@@ -111,6 +129,25 @@ def compile_attention(target, head_size, tokens=4096, backward=True, **options):
     return by_name
 
 
+@functools.cache
+def compile_stages(target, head_size, is_causal=True):
+    """The kernels of the stages in bfloat16, forward and backward, by name."""
+    options = Options(window=128, topk=8, neighbor_block=1, edge_weight="exponential", steps=1)
+    tokens = Tokens.create(512, is_causal)
+    vectors = torch.zeros((1, 1, 512, 64))
+    heads = [torch.zeros((1, 4, 512, head_size), dtype=torch.bfloat16) for _ in range(3)]
+    neighbors = torch.zeros((1, 1, 512, 8), dtype=torch.int32)
+    graph = weigh(vectors, vectors, neighbors, tokens, options, torch.ones(1, 1, 1))
+    graph.transition.local.requires_grad_()
+    query, key, value = (x.requires_grad_() for x in heads)
+    with compiling(target) as kernels:
+        select(vectors, vectors, tokens, options, select_kernels.best_blocks)
+        local_kernels.attend_locally(query, key, value, tokens, options.window).sum().backward()
+        matmul = walk_kernels.make_matmul(graph)
+        matmul(graph.transition, side_by_side(value, 1)).sum().backward()
+    return {kernel.metadata.name: kernel for kernel in kernels}
+
+
 def tensor_core_instructions(kernel):
     return len(re.findall(r"\bH(?:G)?MMA\b", kernel.asm["sass"]))
 
@@ -135,6 +172,22 @@ def test_hopper(head_size, tmp_path):
             assert (tensor_core_instructions(kernel) > 0) == (name in PRODUCTS), name
             assert spilled_bytes(kernel, tmp_path) <= SPILLS[head_size].get(name, 0), name
             assert kernel.metadata.shared <= SHARED_MEMORY["cuda"], name
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_stages_on_hopper(head_size, tmp_path):
+    compiled = compile_stages(HOPPER, head_size)
+    assert set(compiled) == {*STAGES, "_far_products"}
+    for name, kernel in compiled.items():
+        assert (tensor_core_instructions(kernel) > 0) == (name in STAGES), name
+        assert spilled_bytes(kernel, tmp_path) == 0, name
+        assert kernel.metadata.shared <= SHARED_MEMORY["cuda"], name
+
+
+def test_stages_on_amd(monkeypatch):
+    monkeypatch.setattr(select_kernels, "_PRECISION", "ieee")
+    for name, kernel in compile_stages(MI300, 64, is_causal=False).items():
+        assert kernel.metadata.shared <= SHARED_MEMORY["hip"], name
 
 
 def test_amd():

@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from keras_rwr.backends.torch import operators
+from keras_rwr.backends.torch import operators, plan
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's own switch: kernels run on the CPU, step by step, to be tested.
@@ -25,13 +25,9 @@ _LARGEST_BLOCK = 128
 def supports(spec):
     """Why the kernels cannot run a call, or `None`."""
     config = spec.config
-    if not _HAS_TRITON:
-        return "Triton is not installed"
-    if spec.device != ("cpu" if _IS_INTERPRETED else "gpu"):
-        where = "the CPU, where TRITON_INTERPRET=1 is set" if _IS_INTERPRETED else "a GPU"
-        return f"its kernels run on {where}"
-    if spec.dtype not in _DTYPES:
-        return f"its kernels compute in {', '.join(_DTYPES)}"
+    reason = _refuse_machine(spec)
+    if reason is not None:
+        return reason
     if config.fusion != "sum":
         return f'fusion "{config.fusion}" needs the dense rows of the walk'
     if config.edge_weight == "exponential" and config.reversible:
@@ -40,12 +36,46 @@ def supports(spec):
         )
     if spec.has_graph:
         return "its kernels weigh edges as they go and cannot walk on a graph built earlier"
-    for name, size in (("head size", spec.query_shape[-1]), ("value size", spec.value_size)):
-        if size is not None and size > _LARGEST_HEAD:
-            return f"its tiles hold a {name} of at most {_LARGEST_HEAD}"
     if config.neighbor_block > _LARGEST_BLOCK:
         return f"its tiles hold a neighbor_block of at most {_LARGEST_BLOCK}"
     return None
+
+
+def _refuse_machine(spec):
+    """Why no kernel at all can run a call, or `None`."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if spec.device != ("cpu" if _IS_INTERPRETED else "gpu"):
+        where = "the CPU, where TRITON_INTERPRET=1 is set" if _IS_INTERPRETED else "a GPU"
+        return f"its kernels run on {where}"
+    if spec.dtype not in _DTYPES:
+        return f"its kernels compute in {', '.join(_DTYPES)}"
+    for name, size in (("head size", spec.query_shape[-1]), ("value size", spec.value_size)):
+        if size is not None and size > _LARGEST_HEAD:
+            return f"its tiles hold a {name} of at most {_LARGEST_HEAD}"
+    return None
+
+
+def supports_stages(spec):
+    """Why the kernels of stages cannot run a call, or `None`."""
+    config = spec.config
+    return _refuse_machine(spec) or (
+        None
+        if config.fusion == "sum"
+        else f'fusion "{config.fusion}" needs the dense rows of the walk'
+    )
+
+
+def stages():
+    """The stages that have a kernel, by name."""
+    from keras_rwr.backends.torch import local, select, walk
+
+    return {
+        "best_blocks": select.best_blocks,
+        "attend_locally": local.attend_locally,
+        "make_matmul": walk.make_matmul,
+        "keep_half": True,
+    }
 
 
 def select_neighbors(query, key, config, padding_mask=None):
@@ -130,7 +160,7 @@ def rwr_attention(
         _per_head(lens_strength, heads, device),
         padding_mask,
         neighbors,
-        _seed_words(seed, device) if config.dropout > 0.0 and seed is not None else None,
+        plan.seed_words(seed, device) if config.dropout > 0.0 and seed is not None else None,
     )
     options = (
         config.alpha,
@@ -177,11 +207,3 @@ def _per_head(value, heads, device):
         return torch.full((heads,), float(value), device=device)
     value = torch.as_tensor(value, dtype=torch.float32, device=device)
     return value.reshape(-1).expand(heads).contiguous()
-
-
-def _seed_words(seed, device):
-    """A seed as four int32 words, see `keras_rwr.dropout`."""
-    if isinstance(seed, int):
-        seed = torch.full((1,), (seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
-    seed = seed.to(device=device, dtype=torch.int32)
-    return torch.nn.functional.pad(seed, (0, 4 - seed.shape[0]))

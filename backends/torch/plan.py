@@ -266,3 +266,11 @@ def next_power_of_2(x):
 
 def ceil_div(x, y):
     return (x + y - 1) // y
+
+
+def seed_words(seed, device):
+    """A seed as four int32 words, see `keras_rwr.dropout`."""
+    if isinstance(seed, int):
+        seed = torch.full((1,), (seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+    seed = seed.to(device=device, dtype=torch.int32)
+    return torch.nn.functional.pad(seed, (0, 4 - seed.shape[0]))
