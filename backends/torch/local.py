@@ -10,6 +10,7 @@ import triton.language as tl
 
 from keras_rwr._tensors import repeat_heads
 from keras_rwr._tokens import PADDING
+from keras_rwr.backends.torch.operators import refuse_second_derivative
 from keras_rwr.backends.torch.plan import seed_words
 from keras_rwr.backends.torch.run import run
 from keras_rwr.backends.torch.tiles import LOG2E, NEVER, keep_pairs, load_rows, store_rows
@@ -45,8 +46,8 @@ class _Local(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, cotangent):
+        refuse_second_derivative()
         query, key, value, bias, labels, seed, output, lse = ctx.saved_tensors
         cotangent = cotangent.contiguous()
         delta = (cotangent.float() * output.float()).sum(-1)  # (B, N, S)

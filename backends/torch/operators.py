@@ -63,6 +63,15 @@ def select_neighbors(query, key, padding_mask, slots, block, window, causal, blo
     )
 
 
+def refuse_second_derivative():
+    """Raises where a backward pass is to be differentiated itself, with `create_graph=True`."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The Triton kernels of RWR attention have no second derivative: use "
+            '`implementation="portable"`.'
+        )
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
@@ -75,11 +84,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cotangent):
-        if torch.is_grad_enabled():  # with create_graph=True
-            raise RuntimeError(
-                "The Triton kernels of RWR attention have no second derivative: use "
-                '`implementation="portable"`.'
-            )
+        refuse_second_derivative()
         tensors = list(ctx.saved_tensors)
         inputs = [tensors.pop(0) if present else None for present in ctx.present]
         gradients = torch.ops.keras_rwr.backward(*inputs, tensors, cotangent, *ctx.options)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from keras_rwr.backends.torch.operators import refuse_second_derivative
 from keras_rwr.backends.torch.run import run
 from keras_rwr.backends.torch.tiles import load_rows, store_rows
 
@@ -60,8 +61,8 @@ class _Product(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, cotangent):
+        refuse_second_derivative()
         local, far, back, x = ctx.saved_tensors
         cotangent = cotangent.contiguous()
         matrix = _Matrix(local, *ctx.rest)

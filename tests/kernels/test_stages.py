@@ -1,0 +1,193 @@
+"""The kernels of the stages, interpreted: against the oracle, and against the portable stages."""
+
+import dataclasses
+
+import precision
+import pytest
+import torch
+from helpers import (
+    SUM_CASES,
+    TOLERANCES,
+    assert_close,
+    assert_gradients_close,
+    attention,
+    errors,
+    run_case,
+)
+
+from keras_rwr import _local, _select, explain
+from keras_rwr._select import select
+from keras_rwr._tensors import unit
+from keras_rwr._tokens import Tokens
+from keras_rwr._weigh import weigh
+from keras_rwr.backends.torch import local, walk
+from keras_rwr.backends.torch import select as kernels
+from keras_rwr.options import Options
+
+BY_NAME = {made.name: made for made in SUM_CASES}
+# Each kind of what only the stages have; tests of a GPU have all cases.
+NAMES = (
+    "R5 causal",
+    "R5 bidirectional",
+    "R5 padding left",
+    "R5 padding holes",
+    "R5 segments",
+    "R5 blocks",
+    "R5 one token",
+    "two graphs for four heads",
+    "grouped heads dropout",
+    "hop weights of a token",
+    "hop weights reciprocal",
+    "no self edges reversible",
+    "discoverable graph",
+    "extreme graph",
+)
+# Three tiles of 64 tokens, the last one not full.
+TOKENS = 150
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32(name):
+    case = BY_NAME[name]
+    output, gradients = run_case(case, "triton")
+    assert_close(output, case.expected, TOLERANCES["output"])
+    assert_gradients_close(gradients, case.expected_gradients[1])
+
+
+def test_they_run_what_the_others_lack():
+    options = {"graph_heads": 1, "neighbor_block": 1, "stopping": "gated"}
+    assert explain((1, 64, 2, 8), is_causal=True, **options).implementation == "triton"
+    refusals = explain((1, 64, 2, 8), fusion="softmax", steps=1).refusals
+    assert 'fusion "softmax"' in refusals["triton"]
+    refusals = explain((1, 64, 2, 300), **options).refusals
+    assert "head size of at most 256" in refusals["triton"]
+
+
+@pytest.mark.parametrize("name", ["R5 causal", "no self edges reversible"])
+def test_half_precision(name):
+    """Values, and the states of the walk, are stored in 11 bits."""
+    case = BY_NAME[name]
+    inputs = precision.rounded(case.inputs, torch.float16)
+    options = dict(case.options)
+
+    def run(implementation, dtype):
+        tensors = precision.kernel_tensors(inputs, dtype)
+        cotangent = tensors.pop("cotangent")
+        attend = attention(inputs, options, implementation)
+
+        def by_position(*leaves):
+            return attend(**dict(zip(tensors, leaves, strict=True)))
+
+        found = precision.torch_gradients(by_position, list(tensors.values()), cotangent)
+        assert [x.dtype for x in found[1:]] == [x.dtype for x in tensors.values()]
+        return dict(
+            zip(("output", *tensors), (x.detach().float().numpy() for x in found), strict=True)
+        )
+
+    exact = run("portable", torch.float32)
+    for what, array in run("triton", torch.float16).items():
+        assert max(errors(array, exact[what])) < 4 * 2.0**-11, what
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_tokens(kind, size=TOKENS):
+    """Tokens of two sequences: all real, padding on the left, or packed documents."""
+    positions = torch.arange(size)[None]
+    if kind == "padding":
+        return Tokens.create(size, True, positions >= torch.tensor([[0], [71]]))
+    if kind == "segments":
+        return Tokens.create(size, True, None, positions // torch.tensor([[40], [90]]))
+    return Tokens.create(size, kind == "causal")
+
+
+KINDS = ("causal", "both ways", "padding", "segments")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("slots", "block"), [(1, 1), (5, 1), (64, 1), (3, 4)])
+def test_the_best_blocks(kind, slots, block):
+    """Of whole numbers, whose products are exact, so that there are many ties."""
+    if kind == "segments" and block > 1:
+        block = 1
+    vectors = draw(2, 2, 2, TOKENS, 6).round()
+    tokens = make_tokens(kind)
+    options = Options(window=20, topk=slots * block, neighbor_block=block)
+    found = select(*vectors, tokens, options, kernels.best_blocks)
+    expected = select(*vectors, tokens, options, _select.best_blocks)
+    # Means of fours are exact too.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (found >= 0).any() and ((found == -1).any() or kind == "both ways")
+
+
+def gradients(run, *leaves):
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    output = run(*leaves)
+    slope = torch.cos(torch.arange(output.numel())).reshape(output.shape)
+    return output, *torch.autograd.grad(output, leaves, slope)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [0, 20, 100])
+def test_local(kind, window):
+    tensors = draw(2, 4, TOKENS, 6), draw(2, 2, TOKENS, 6), draw(2, 2, TOKENS, 5)
+    tensors = (*tensors, draw(2, 4, TOKENS, 1))
+    tokens, seed = make_tokens(kind), torch.tensor([3, 4], dtype=torch.int32)
+
+    def run(module):
+        def attend(query, key, value, bias):
+            return module.attend_locally(query, key, value, tokens, window, bias, 0.2, seed)
+
+        return gradients(attend, *tensors)
+
+    for found, expected in zip(run(local), run(_local), strict=True):
+        assert_close(found.detach().numpy(), expected.detach().numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize(("kind", "block"), [("causal", 1), ("both ways", 4)])
+def test_the_product(kind, block, reversible):
+    vectors = [unit(x) for x in draw(2, 2, 2, 70, 6)]
+    tokens = make_tokens(kind, 70)
+    options = Options(window=20, topk=4, neighbor_block=block, reversible=reversible)
+    neighbors = select(*vectors, tokens, options)
+    graph = weigh(*vectors, neighbors, tokens, options, torch.ones(1, 1, 1))
+    x = graph.tiling.pad(draw(2, 2, 70, 20))
+    chosen = torch.repeat_interleave(graph.transition.neighbors >= 0, block, -1)
+
+    def run(matmul):
+        matrix = graph.transition
+        parts = [x for x in ("local", "far", "back") if getattr(matrix, x) is not None]
+
+        def multiply(x, *entries):
+            return matmul(dataclasses.replace(matrix, **dict(zip(parts, entries, strict=True))), x)
+
+        product, *rest = gradients(multiply, x, *(getattr(matrix, part) for part in parts))
+        # The entry of a neighbour that is none has no gradient, whatever stands in it.
+        far = [torch.where(chosen, y, 0.0) for y in rest[2:]]
+        return [product, *rest[:2], *far]
+
+    portable = run(type(graph.transition).matmul)
+    found = run(walk.make_matmul(graph))
+    again = run(walk.make_matmul(graph))
+    for one, other, expected in zip(found, again, portable, strict=True):
+        assert torch.equal(one, other)
+        assert_close(one.detach().numpy(), expected.detach().numpy(), 1e-5)
+
+
+def test_a_hub_is_collected_once_an_edge():
+    """All tokens link to the first one: its list is as long as the sequence."""
+    neighbors = torch.zeros((1, 1, 70, 1), dtype=torch.int32)
+    neighbors[:, :, :3] = -1
+    _, edges, starts = walk._reverse_lists(neighbors, 1)
+    assert starts.tolist() == [0] + [67] * 70
+    assert edges[:67].tolist() == list(range(3, 70))
+
+
+def test_no_second_derivative():
+    query = draw(1, 1, 16, 4).requires_grad_()
+    output = local.attend_locally(query, query, query, Tokens.create(16, True), 3)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(output.sum(), query, create_graph=True)
