@@ -20,6 +20,7 @@ from keras_rwr._tensors import (
     precision,
     repeat_heads,
     unit,
+    where,
 )
 from keras_rwr._tokens import Tokens
 from keras_rwr._walk import restart_weights, walk
@@ -112,7 +113,7 @@ def attention_matrix(inputs: Inputs, options: Options, call: Call) -> Tensor:
     """The dense matrix A with the output `A v`, `(B, N, S, S)`, without dropout; 0 at padding."""
     heads = Heads.create(inputs, options, call)
     matrix = _reference.attention_matrix(heads, options, call)
-    return ops.where(heads.tokens.real, matrix + heads.poison, 0.0)
+    return where(heads.tokens.real, matrix + heads.poison, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +166,7 @@ class Heads:
         if shared:
             vectors += [head_major(x, dtype) for x in (inputs.graph_query, inputs.graph_key)]
         if inputs.padding_mask is not None:
-            vectors = [ops.where(tokens.real, x, 0.0) for x in vectors]
+            vectors = [where(tokens.real, x, 0.0) for x in vectors]
         poison = 0.0
         if call.is_causal:
             *vectors, poison = contain(*vectors)
@@ -220,7 +221,7 @@ class Heads:
 
     def finish(self, output: Tensor, dtype: str) -> Tensor:
         """`(B, N, S, V)` to the call's output `(B, S, N, V)`, 0 at padding."""
-        output = ops.where(self.tokens.real, output + self.poison, 0.0)
+        output = where(self.tokens.real, output + self.poison, 0.0)
         return ops.cast(ops.transpose(output, (0, 2, 1, 3)), dtype)
 
 

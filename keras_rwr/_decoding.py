@@ -33,6 +33,7 @@ from keras_rwr._tensors import (
     repeat_heads,
     softmax,
     unit,
+    where,
 )
 from keras_rwr._walk import backward_states, combine, walk_states
 from keras_rwr._weigh import ISOLATED, log_weight
@@ -432,7 +433,7 @@ def _step(
         isolated = ops.logsumexp(weights + bias, axis=-1, keepdims=True) <= math.log(ISOLATED)
     else:
         isolated = ops.amax(weights, axis=-1, keepdims=True) <= 0.5 * NEGATIVE
-    weights = ops.where(isolated, ops.where(itself, -own_bias, NEGATIVE), weights)  # log S
+    weights = where(isolated, where(itself, -own_bias, NEGATIVE), weights)  # log S
     log_degree = ops.logsumexp(weights + bias, axis=-1, keepdims=True)
     transition = repeat_heads(ops.exp(weights + bias - log_degree), sizes.walked)
 
@@ -495,7 +496,7 @@ class _Near:
         width = min(window, rows)
         start = ops.clip(index - width, 0, rows - width)
         positions = start + ops.arange(width, dtype="int32")
-        positions = ops.where(positions < index, positions, -1)
+        positions = where(positions < index, positions, -1)
         return cls(start, width, ops.reshape(positions, (1, 1, 1, width)))
 
     def take(self, x: Tensor) -> Tensor:
@@ -521,7 +522,7 @@ def _local_step(
     if heads.local_bias is not None:
         logits = logits + _column_bias(keys, discoverability)
     real = ops.concatenate([near.positions >= 0, ops.ones((1, 1, 1, 1), "bool")], axis=-1)
-    return softmax(ops.where(real, logits, NEGATIVE)) @ values
+    return softmax(where(real, logits, NEGATIVE)) @ values
 
 
 def _choose(
@@ -531,13 +532,13 @@ def _choose(
     block = options.neighbor_block
     scores = _dots(graph_query, ops.cast(means, graph_query.dtype))  # (B, G, 1, J)
     first = block * ops.arange(ops.shape(scores)[-1], dtype="int32")
-    scores = ops.where(first < index - options.window, scores, NEGATIVE)
+    scores = where(first < index - options.window, scores, NEGATIVE)
     chosen = best_columns(scores, options.slots)  # (B, G, 1, K / b)
     positions = chosen[..., None] * block + ops.arange(block, dtype="int32")
     positions = ops.reshape(positions, (*ops.shape(chosen)[:3], options.topk))
     # A block that was not chosen is -1, and its positions are negative.
     is_far = positions < index - options.window
-    return ops.squeeze(chosen, axis=2), ops.where(is_far, ops.maximum(positions, -1), -1)
+    return ops.squeeze(chosen, axis=2), where(is_far, ops.maximum(positions, -1), -1)
 
 
 def _dense_step(

@@ -14,7 +14,7 @@ from keras_rwr._checks import check_bool, check_choice
 from keras_rwr._local import attend_locally
 from keras_rwr._select import best_blocks
 from keras_rwr._sparse import SparseMatrix
-from keras_rwr._tensors import contain
+from keras_rwr._tensors import contain, where
 from keras_rwr.options import IMPLEMENTATIONS, Call, Options, Tuning
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def run_kernel(name: str, inputs: "Inputs", config: KernelCall) -> Any:
     output = output + ops.cast(poison, output.dtype)
     if inputs.padding_mask is None:
         return output
-    return ops.where(ops.cast(inputs.padding_mask, "bool")[:, :, None, None], output, 0.0)
+    return where(ops.cast(inputs.padding_mask, "bool")[:, :, None, None], output, 0.0)
 
 
 def _contain(inputs: "Inputs") -> tuple[Any, ...]:
@@ -357,7 +357,7 @@ def _contain(inputs: "Inputs") -> tuple[Any, ...]:
     vectors = [inputs.query, inputs.key, inputs.value]
     if inputs.padding_mask is not None:
         real = ops.cast(inputs.padding_mask, "bool")[:, :, None, None]
-        vectors = [ops.where(real, x, ops.cast(0.0, x.dtype)) for x in vectors]
+        vectors = [where(real, x, ops.cast(0.0, x.dtype)) for x in vectors]
     *clean, poison = contain(*(ops.transpose(x, (0, 2, 1, 3)) for x in vectors))
     return (*(ops.transpose(x, (0, 2, 1, 3)) for x in (*clean, poison)),)
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rwr._tensors import maximum
+from keras_rwr._tensors import maximum, where
 
 Tensor = Any
 
@@ -125,10 +125,10 @@ def best_columns(scores: Tensor, slots: int) -> Tensor:
         # order among equal scores is not the same everywhere.
         best = ops.amax(scores, axis=-1, keepdims=True)
         is_best = scores == best
-        column = ops.amin(ops.where(is_best, columns, _NO_COLUMN), axis=-1, keepdims=True)
-        chosen.append(ops.where(best > NEGATIVE, column, -1))
+        column = ops.amin(where(is_best, columns, _NO_COLUMN), axis=-1, keepdims=True)
+        chosen.append(where(best > NEGATIVE, column, -1))
         if slot + 1 < slots:
-            scores = ops.where(columns == column, NEGATIVE, scores)
+            scores = where(columns == column, NEGATIVE, scores)
     return ops.concatenate(chosen, axis=-1)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_rwr._dropout import keep_mask
-from keras_rwr._tensors import maximum, repeat_heads
+from keras_rwr._tensors import maximum, repeat_heads, where
 from keras_rwr._tiling import Tiling
 from keras_rwr._tokens import Tokens
 
@@ -50,7 +50,7 @@ def attend_locally(
     logits = scaled @ ops.swapaxes(band(key), -1, -2)  # (B, N, C, M, L)
     if bias is not None:
         logits = logits + ops.swapaxes(band(bias), -1, -2)
-    logits = ops.where(near, logits, -1e30)
+    logits = where(near, logits, -1e30)
     # A row without a key has no logit near its peak, so that all of its weights are 0.
     peak = maximum(ops.stop_gradient(ops.amax(logits, -1, keepdims=True)), -1e20)
     weights = ops.exp(logits - peak)
@@ -58,6 +58,6 @@ def attend_locally(
     if seed is not None and dropout > 0.0:
         rows = ops.reshape(ops.arange(tiling.padded_size, dtype="int32"), (-1, tiling.tile, 1))
         keep = keep_mask(seed, dropout, batch, heads, rows, rows + tiling.offsets())
-        weights = ops.where(keep, weights / (1.0 - dropout), 0.0)
-    output = (weights @ band(value)) / ops.where(total > 0, total, 1.0)
+        weights = where(keep, weights / (1.0 - dropout), 0.0)
+    output = (weights @ band(value)) / where(total > 0, total, 1.0)
     return tiling.cut(tiling.join(output))

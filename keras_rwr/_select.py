@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_rwr._far import NEGATIVE, best_columns, map_chunks, to_blocks
-from keras_rwr._tensors import maximum
+from keras_rwr._tensors import maximum, where
 from keras_rwr._tokens import PADDING, Tokens
 from keras_rwr.options import Options
 
@@ -47,9 +47,9 @@ def select(
     means = block_means(key, ops.cast(tokens.real, key.dtype), block)  # (B, G, J, F)
     # The first and the last real position of each block, (B or 1, 1, 1, J).
     far_away = 2 * size + block
-    first = to_blocks(ops.where(tokens.real, positions - far_away, 0), block)
+    first = to_blocks(where(tokens.real, positions - far_away, 0), block)
     first = ops.amin(first, (-1, -2))[:, :, None] + far_away
-    last = to_blocks(ops.where(tokens.real, positions + far_away, 0), block)
+    last = to_blocks(where(tokens.real, positions + far_away, 0), block)
     last = ops.amax(last, (-1, -2))[:, :, None] - far_away
     chosen = (best or best_blocks)(query, means, first, last, tokens, options)
     return ops.stop_gradient(chosen)
@@ -84,7 +84,7 @@ def best_blocks(
             columns = ops.swapaxes(tokens.labels, -1, -2)
             candidate = ops.logical_and(candidate, label == columns)
         candidate = ops.logical_and(candidate, label != PADDING)
-        return best_columns(ops.where(candidate, scores, NEGATIVE), options.slots)
+        return best_columns(where(candidate, scores, NEGATIVE), options.slots)
 
     return map_chunks(choose, (query, positions, tokens.labels), _ROWS)
 

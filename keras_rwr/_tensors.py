@@ -32,7 +32,18 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def per_head(value: Any, dtype: str) -> Tensor:
     """A scalar, a sequence or a tensor of one value a head as a tensor `(N or 1, 1, 1)`."""
+    if isinstance(value, float):
+        return ops.full((1, 1, 1), value, dtype=dtype)
     return ops.reshape(ops.convert_to_tensor(value, dtype=dtype), (-1, 1, 1))
+
+
+def where(condition: Tensor, x: Any, y: Any) -> Tensor:
+    """`ops.where`. On torch, Keras would copy each number to the device, and wait for it."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.where(condition, x, y)
+    return ops.where(condition, x, y)
 
 
 # On torch, Keras's functions of two tensors cast float64 to float32; operators and these do not.
@@ -40,12 +51,12 @@ def per_head(value: Any, dtype: str) -> Tensor:
 
 def maximum(x: Tensor, y: Any) -> Tensor:
     """The larger of two, element by element."""
-    return ops.where(x > y, x, y)
+    return where(x > y, x, y)
 
 
 def minimum(x: Tensor, y: Any) -> Tensor:
     """The smaller of two, element by element."""
-    return ops.where(x < y, x, y)
+    return where(x < y, x, y)
 
 
 def log_add(x: Tensor, y: Tensor) -> Tensor:
@@ -71,9 +82,9 @@ def unit(x: Tensor) -> Tensor:
     largest = maximum(largest, 1e-30)
     scaled = x / largest
     squares = ops.sum(ops.square(scaled), axis=-1, keepdims=True)
-    norm = ops.sqrt(ops.where(squares > 0, squares, 1.0))  # of what is scaled
+    norm = ops.sqrt(where(squares > 0, squares, 1.0))  # of what is scaled
     is_long = norm * largest > SMALLEST_NORM
-    direction = ops.where(is_long, scaled / norm, scaled * (largest / SMALLEST_NORM))
+    direction = where(is_long, scaled / norm, scaled * (largest / SMALLEST_NORM))
     length = maximum(norm * largest, SMALLEST_NORM)
     return scale_gradient(direction, minimum(length / SMALLEST_NORM_OF_GRADIENTS, 1.0))
 
@@ -100,9 +111,9 @@ def contain(*tensors: Tensor) -> tuple[Tensor, ...]:
         1)` to add to the output: 0 before the first such token, NaN from it on.
     """
     finite = [ops.all(ops.isfinite(x), axis=(1, 3), keepdims=True) for x in tensors]
-    clean = [ops.where(ok, x, 0.0) for ok, x in zip(finite, tensors, strict=True)]
+    clean = [where(ok, x, 0.0) for ok, x in zip(finite, tensors, strict=True)]
     all_finite = finite[0]
     for ok in finite[1:]:
         all_finite = ops.logical_and(all_finite, ok)
     broken = ops.cumsum(ops.cast(ops.logical_not(all_finite), "int32"), axis=2) > 0
-    return (*clean, ops.where(broken, float("nan"), ops.cast(0.0, tensors[0].dtype)))
+    return (*clean, where(broken, float("nan"), ops.cast(0.0, tensors[0].dtype)))

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_rwr._checks import as_tensor, check_bool, check_shape, compatible, has_values
+from keras_rwr._tensors import where
 
 Tensor = Any
 
@@ -40,7 +41,7 @@ class Tokens:
             labels = segment_ids
         labels = ops.cast(labels, "int32")
         if padding_mask is not None:
-            labels = ops.where(ops.cast(padding_mask, "bool"), labels, PADDING)
+            labels = where(ops.cast(padding_mask, "bool"), labels, PADDING)
         return cls(size, labels[:, None, :, None], is_causal, segment_ids is not None)
 
     @property

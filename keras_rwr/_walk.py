@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_rwr._far import NEGATIVE
 from keras_rwr._sparse import SparseMatrix
-from keras_rwr._tensors import minimum, repeat_heads
+from keras_rwr._tensors import minimum, repeat_heads, where
 from keras_rwr._weigh import SparseGraph, softmax_rows
 from keras_rwr.options import Options
 
@@ -140,11 +140,11 @@ def mix_backward(
     if restart.shape[-1] != hop_weights.shape[-1]:
         restart = ops.ones_like(hop_weights[0, 0, 0])
     walks = mass != 0
-    shares = ops.where(walks, hop_weights / ops.where(walks, mass, 1.0), restart / ops.sum(restart))
+    shares = where(walks, hop_weights / where(walks, mass, 1.0), restart / ops.sum(restart))
     log_sums = ops.concatenate([log_sum for _, log_sum in states], axis=-1)  # (B, N, S, T + 1)
     size = ops.abs(shares)
     counts = size > _NEGLIGIBLE
-    logits = ops.where(counts, log_sums + ops.log(ops.where(counts, size, 1.0)), NEGATIVE)
+    logits = where(counts, log_sums + ops.log(where(counts, size, 1.0)), NEGATIVE)
     peak = ops.stop_gradient(ops.amax(logits, axis=-1, keepdims=True))
     # A share of 0 has a gradient too, which may be large.
     weights = shares * ops.exp(minimum(log_sums - peak, _LARGEST_EXPONENT))

@@ -25,6 +25,7 @@ from keras_rwr._tensors import (
     log_add,
     minimum,
     scale_gradient,
+    where,
 )
 from keras_rwr._tiling import Tiling
 from keras_rwr._tokens import Tokens
@@ -177,8 +178,8 @@ def log_weight(cosine: Tensor, mask: Tensor, options: Options, concentration: Te
         logarithm = concentration * (cosine - 1.0)
     else:
         positive = cosine - min(cut or 0.0, 0.0)
-        logarithm = ops.log(ops.where(mask, positive, 1.0))
-    return ops.where(mask, logarithm, NEGATIVE)
+        logarithm = ops.log(where(mask, positive, 1.0))
+    return where(mask, logarithm, NEGATIVE)
 
 
 def symmetrize(graph: SparseGraph) -> SparseGraph:
@@ -253,11 +254,11 @@ def _isolate(weights: SparseMatrix, isolated: Tensor, bias: Tensor) -> SparseMat
     tiling = weights.tiling
     alone = ops.zeros_like(isolated, weights.local.dtype) if bias is None else -bias
     diagonal = tiling.offsets() == 0  # (M, L)
-    itself = ops.where(diagonal, tiling.split(alone), NEGATIVE)
+    itself = where(diagonal, tiling.split(alone), NEGATIVE)
     rows = weights.rows(isolated)
-    local = ops.where(rows.local, itself, weights.local)
+    local = where(rows.local, itself, weights.local)
     others = dataclasses.replace(weights, local=None)
-    others = others.map(lambda x, row: ops.where(row, NEGATIVE, x), rows)
+    others = others.map(lambda x, row: where(row, NEGATIVE, x), rows)
     return dataclasses.replace(others, local=local)
 
 

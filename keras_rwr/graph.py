@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_rwr._checks import as_tensor, check_bool, check_per_head, check_shape, compatible
 from keras_rwr._select import select
-from keras_rwr._tensors import head_major, per_head, precision, unit
+from keras_rwr._tensors import head_major, per_head, precision, unit, where
 from keras_rwr._tokens import Tokens
 from keras_rwr._weigh import SparseGraph, link, normalize, symmetrize
 from keras_rwr.options import CONCENTRATION_RANGE, Call, Options, Tuning
@@ -92,7 +92,7 @@ def build_sparse_w(
     call.check(options, segment_ids is not None)
     tokens = Tokens.create(ops.shape(query)[1], is_causal, padding_mask, segment_ids)
     dtype = precision(query, key)
-    query, key = (unit(ops.where(tokens.real, head_major(x, dtype), 0.0)) for x in (query, key))
+    query, key = (unit(where(tokens.real, head_major(x, dtype), 0.0)) for x in (query, key))
     neighbors = select(query, key, tokens, options)
     kappa = per_head(concentration, dtype)
     return link(query, key, neighbors, tokens, options, kappa, tuning.block_size)

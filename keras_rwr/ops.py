@@ -8,7 +8,7 @@ from keras.src.backend import any_symbolic_tensors
 
 from keras_rwr._attend import Heads, Inputs, attend, attention_matrix
 from keras_rwr._checks import as_tensor, check_per_head, check_shape, compatible, is_tensor
-from keras_rwr._tensors import maximum
+from keras_rwr._tensors import maximum, where
 from keras_rwr._walk import apart, side_by_side
 from keras_rwr.graph import SparseGraph, check_fits, check_rows
 from keras_rwr.options import CONCENTRATION_RANGE, Call, Options, Tuning
@@ -275,7 +275,7 @@ def token_importance(
     for t in reversed(range(options.steps)):
         visits = column(t) + transition.matrix.transposed_matmul(visits)
     visits = apart(transition.tiling.cut(visits), number)
-    visits = ops.where(heads.tokens.real, visits + heads.poison, 0.0)
+    visits = where(heads.tokens.real, visits + heads.poison, 0.0)
     return ops.transpose(visits[..., 0], (0, 2, 1))
 
 
