@@ -211,6 +211,7 @@ class Heads:
             self.concentration,
             self.graph_bias,
             tuning.block_size,
+            stages.far_dot,
         )
 
     def walked_value(self, transition: SparseGraph) -> Tensor:

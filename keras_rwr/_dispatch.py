@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_rwr._checks import check_bool, check_choice
+from keras_rwr._far import far_dot
 from keras_rwr._local import attend_locally
 from keras_rwr._select import best_blocks
 from keras_rwr._sparse import SparseMatrix
@@ -33,12 +34,14 @@ class Stages:
 
     Attributes:
         best_blocks: Function, as `keras_rwr._select.best_blocks`.
+        far_dot: Function, as `keras_rwr._far.far_dot`.
         attend_locally: Function, as `keras_rwr._local.attend_locally`.
         make_matmul: Function of a `SparseGraph` that returns `SparseMatrix.matmul` for its edges.
         keep_half: Bool. Whether they take queries, keys and values in half precision.
     """
 
     best_blocks: Callable = best_blocks
+    far_dot: Callable = far_dot
     attend_locally: Callable = attend_locally
     make_matmul: Callable = lambda graph: SparseMatrix.matmul
     keep_half: bool = False

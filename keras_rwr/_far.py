@@ -93,7 +93,7 @@ def block_rows(blocks: Tensor, x: Tensor, block: int) -> Tensor:
     batch, graphs, size, features = ops.shape(x)
     number = -(-size // block)
     graph = ops.reshape(ops.arange(batch * graphs, dtype="int32"), (batch, graphs, 1))
-    rows = ops.take(_table(x, block), ops.maximum(blocks, 0) + graph * number, axis=0)
+    rows = ops.take(_table(x, block), maximum(blocks, 0) + graph * number, axis=0)
     return ops.reshape(rows, (batch, graphs, blocks.shape[-1] * block, features))
 
 
@@ -180,7 +180,7 @@ def _table_rows(blocks: Tensor, block: int) -> Tensor:
     """Block numbers `(B, G, S, K / b)` as rows of `_table`, `(B G S, K / b)`; any row for none."""
     batch, graphs, size = ops.shape(blocks)[:3]
     graph = ops.reshape(ops.arange(batch * graphs, dtype="int32"), (batch, graphs, 1, 1))
-    return _rows(ops.maximum(blocks, 0) + graph * (-(-size // block)))
+    return _rows(maximum(blocks, 0) + graph * (-(-size // block)))
 
 
 def _checkpoint(function: Callable) -> Callable:

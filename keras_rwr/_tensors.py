@@ -33,7 +33,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def per_head(value: Any, dtype: str) -> Tensor:
     """A scalar, a sequence or a tensor of one value a head as a tensor `(N or 1, 1, 1)`."""
     if isinstance(value, float):
-        return ops.full((1, 1, 1), value, dtype=dtype)
+        return ops.zeros((1, 1, 1), dtype=dtype) + value
     return ops.reshape(ops.convert_to_tensor(value, dtype=dtype), (-1, 1, 1))
 
 
@@ -116,4 +116,4 @@ def contain(*tensors: Tensor) -> tuple[Tensor, ...]:
     for ok in finite[1:]:
         all_finite = ops.logical_and(all_finite, ok)
     broken = ops.cumsum(ops.cast(ops.logical_not(all_finite), "int32"), axis=2) > 0
-    return (*clean, where(broken, float("nan"), ops.cast(0.0, tensors[0].dtype)))
+    return (*clean, ops.cast(where(broken, float("nan"), 0.0), tensors[0].dtype))

@@ -53,7 +53,7 @@ class Tiling:
         extra = self.padded_size - self.size
         if isinstance(extra, int) and extra == 0:
             return x
-        filled = ops.full((*ops.shape(x)[:-2], extra, x.shape[-1]), fill, dtype=x.dtype)
+        filled = ops.zeros((*ops.shape(x)[:-2], extra, x.shape[-1]), dtype=x.dtype) + fill
         return ops.concatenate([x, filled], axis=-2)
 
     def cut(self, x: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ def weigh(
     concentration: Tensor,
     bias: Tensor = None,
     block_size: int | None = None,
+    dot: Callable = far_dot,
 ) -> SparseGraph:
     """The transition matrix P.
 
@@ -127,11 +128,12 @@ def weigh(
         concentration: Tensor of shape `(G or 1, 1, 1)`, kappa.
         bias: `None` or tensor of shape `(B, G, S, 1)`, the logarithm of the discoverability.
         block_size: `None` or int. Queries in a tile.
+        dot: Function, as `keras_rwr._far.far_dot`.
 
     Returns:
         A `SparseGraph` with its transition matrix.
     """
-    graph = link(graph_query, graph_key, neighbors, tokens, options, concentration, block_size)
+    graph = link(graph_query, graph_key, neighbors, tokens, options, concentration, block_size, dot)
     if options.reversible:
         graph = symmetrize(graph)
     return normalize(graph, bias)
@@ -145,6 +147,7 @@ def link(
     options: Options,
     concentration: Tensor,
     block_size: int | None = None,
+    dot: Callable = far_dot,
 ) -> SparseGraph:
     """The edges and their weights W; arguments as `weigh`."""
     tiling = Tiling.create(tokens, options.window, block_size)
@@ -159,7 +162,7 @@ def link(
     if neighbors is not None:
         neighbors = tiling.pad(neighbors, -1)  # (B, G, padded_size, K / b)
         mask = _far_mask(neighbors, tiling, tokens, options)
-        cosine = far_dot(query, neighbors, key, block)  # (B, G, padded_size, K)
+        cosine = dot(query, neighbors, key, block)  # (B, G, padded_size, K)
         far = log_weight(cosine, mask, options, concentration)
     return SparseGraph(
         options=options,

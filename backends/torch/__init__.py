@@ -72,6 +72,7 @@ def stages():
 
     return {
         "best_blocks": select.best_blocks,
+        "far_dot": walk.far_dot,
         "attend_locally": local.attend_locally,
         "make_matmul": walk.make_matmul,
         "keep_half": True,

@@ -5,6 +5,8 @@ the columns of a state. What flows against far edges goes by lists: the far edge
 key block, in one order, so that the same inputs give the same bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,121 +20,140 @@ _LARGEST = 128  # features that a program works on
 _WARPS = 4
 
 
+def far_dot(query, neighbors, key, block):
+    """See `keras_rwr._far.far_dot`."""
+    return _FarDot.apply(query, key, _FarEdges(neighbors, block))
+
+
 def make_matmul(graph):
     """`matmul(matrix, x)` for matrices with the edges of a `SparseGraph`, differentiable."""
-    neighbors, block = graph.log_weights.neighbors, graph.log_weights.block
-    lists = None if neighbors is None else _reverse_lists(neighbors, block)
+    neighbors, edges = graph.log_weights.neighbors, None
+    if neighbors is not None:
+        edges = _FarEdges(neighbors, graph.log_weights.block)
 
     def matmul(matrix, x):
         tiling = matrix.tiling
         return _Product.apply(
-            matrix.local, matrix.far, matrix.back, x, lists, tiling.tile, tiling.before, block
+            matrix.local, matrix.far, matrix.back, x, edges, tiling.tile, tiling.before
         )
 
     return matmul
 
 
-def _reverse_lists(neighbors, block):
-    """Far edges by key block: edges `(graph * S + query) * slots + slot`, and where lists begin."""
-    batch, graphs, size = neighbors.shape[:3]
-    blocks = -(-size // block)
-    graph = torch.arange(batch * graphs, device=neighbors.device).reshape(batch, graphs, 1, 1)
-    lists = batch * graphs * blocks
-    target = torch.where(neighbors >= 0, neighbors + graph * blocks, lists).flatten()
-    target, edges = torch.sort(target, stable=True)
-    numbers = torch.arange(lists + 1, device=neighbors.device)
-    starts = torch.searchsorted(target, numbers)
-    return neighbors.contiguous(), edges.to(torch.int32), starts.to(torch.int32)
+class _FarDot(torch.autograd.Function):
+    """`query_i . key_j` on far edges."""
+
+    @staticmethod
+    def forward(ctx, query, key, edges):
+        query, key = query.contiguous(), key.contiguous()
+        ctx.save_for_backward(query, key)
+        ctx.edges = edges
+        return edges.products(query, key)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        refuse_second_derivative()
+        query, key = ctx.saved_tensors
+        cotangent = cotangent.contiguous()
+        key_gradient = torch.zeros_like(key)
+        ctx.edges.collect(cotangent, query, key_gradient)
+        return ctx.edges.spread(cotangent, key), key_gradient, None
 
 
 class _Product(torch.autograd.Function):
     """`band x + far x + back^T x`, see `SparseMatrix.matmul`."""
 
     @staticmethod
-    def forward(ctx, local, far, back, x, lists, tile, before, block):
+    def forward(ctx, local, far, back, x, edges, tile, before):
         local, x = local.contiguous(), x.contiguous()
         far, back = (None if y is None else y.contiguous() for y in (far, back))
-        matrix = _Matrix(local, lists, tile, before, block)
-        output = matrix.multiply(x, far, transposed=False)
+        band = _Band(local, tile, before)
+        output = band.multiply(x, edges, far)
         if back is not None:
-            matrix.collect(x, back, output)
-        ctx.save_for_backward(local, far, back, x)
-        ctx.rest = lists, tile, before, block
+            edges.collect(back, x, output)
+        ctx.save_for_backward(far, back, x)
+        ctx.band, ctx.edges = band, edges
         return output
 
     @staticmethod
     def backward(ctx, cotangent):
         refuse_second_derivative()
-        local, far, back, x = ctx.saved_tensors
-        cotangent = cotangent.contiguous()
-        matrix = _Matrix(local, *ctx.rest)
-        gradient = matrix.multiply(cotangent, back, transposed=True)
+        far, back, x = ctx.saved_tensors
+        cotangent, edges = cotangent.contiguous(), ctx.edges
+        gradient = ctx.band.multiply(cotangent, edges, back, transposed=True)
         if far is not None:
-            matrix.collect(cotangent, far, gradient)
+            edges.collect(far, cotangent, gradient)
         return (
-            matrix.band_products(cotangent, x),
-            None if far is None else matrix.far_products(cotangent, x, far),
-            None if back is None else matrix.far_products(x, cotangent, back),
+            ctx.band.products(cotangent, x),
+            None if far is None else edges.products(cotangent, x),
+            None if back is None else edges.products(x, cotangent),
             gradient,
-            *[None] * 4,
+            *[None] * 3,
         )
 
 
-class _Matrix:
-    """The launches of one matrix."""
+class _FarEdges:
+    """Each query's edges to the tokens of its key blocks, and what kernels do along them.
 
-    def __init__(self, local, lists, tile, before, block):
-        self.local, self.block = local, block
-        self.neighbors, self.edges, self.starts = (None, None, None) if lists is None else lists
-        batch, graphs, self.tiles, _, band = local.shape
-        self.graphs = batch * graphs
-        self.size = self.tiles * tile
-        self.settings = {
-            "TILE": tile,
-            "SPANS": band // tile,
-            "BEFORE": before,
-            "ROWS": max(triton.next_power_of_2(tile), 16),
-        }
+    Their weights have the shape `(B, G, S, slots * block)`, and features `(B, G, S, F)`.
+    """
 
-    def multiply(self, x, far, transposed):
-        """The band, or its transpose, and far edges from row to column, times x."""
+    def __init__(self, neighbors, block):
+        self.neighbors, self.block = neighbors.contiguous(), block
+        self.graphs, self.size = neighbors.shape[0] * neighbors.shape[1], neighbors.shape[2]
+        self.constants = {"SLOTS": neighbors.shape[3], "BLOCK": block}
+
+    @functools.cached_property
+    def lists(self):
+        """The edges to each key block, `(graph * S + query) * slots + slot`; where lists begin."""
+        blocks = triton.cdiv(self.size, self.block)
+        lists = self.graphs * blocks
+        first = torch.arange(0, lists, blocks, device=self.neighbors.device)
+        targets = self.neighbors.reshape(self.graphs, -1) + first[:, None]
+        targets = torch.where(self.neighbors.reshape(targets.shape) >= 0, targets, lists)
+        targets, edges = torch.sort(targets.flatten(), stable=True)
+        starts = torch.searchsorted(targets, torch.arange(lists + 1, device=targets.device))
+        return edges.to(torch.int32), starts.to(torch.int32)
+
+    def spread(self, far, x):
+        """`sum_k far_ik x_key(i, k)`."""
         output, features = torch.empty_like(x), x.shape[-1]
-        slots = 0 if far is None else self.neighbors.shape[-1]
-        columns = _columns(features)
+        columns, rows = _columns(features), 16
+        grid = (triton.cdiv(self.size, rows), triton.cdiv(features, columns), self.graphs)
         run(
             _multiply,
-            (self.tiles, triton.cdiv(features, columns), self.graphs),
-            self.local,
+            grid,
+            None,
             far,
             self.neighbors,
             x,
             output,
             self.size,
-            **self.settings,
-            SLOTS=slots,
-            BLOCK=self.block,
+            TILE=rows,
+            SPANS=0,
+            BEFORE=0,
+            ROWS=rows,
+            **self.constants,
             FEATURES=features,
             COLUMNS=columns,
-            TRANSPOSED=transposed,
+            TRANSPOSED=False,
             num_warps=_WARPS,
         )
         return output
 
-    def collect(self, x, far, output):
-        """Adds to each key what far edges bring from their rows of x."""
+    def collect(self, far, x, output):
+        """Adds `far_ik x_i` to key(i, k) in `output`."""
         features, columns = x.shape[-1], _columns(x.shape[-1])
         blocks = triton.cdiv(self.size, self.block)
         run(
             _collect,
             (blocks, triton.cdiv(features, columns), self.graphs),
             far,
-            self.edges,
-            self.starts,
+            *self.lists,
             x,
             output,
             self.size,
-            SLOTS=self.neighbors.shape[-1],
-            BLOCK=self.block,
+            **self.constants,
             KEYS=max(triton.next_power_of_2(self.block), 16),
             FEATURES=features,
             COLUMNS=columns,
@@ -140,40 +161,79 @@ class _Matrix:
             num_warps=2,
         )
 
-    def band_products(self, rows, columns):
-        """`rows_i . columns_j` on the band."""
-        output, features = torch.empty_like(self.local), rows.shape[-1]
-        run(
-            _band_products,
-            (self.tiles, self.settings["SPANS"], self.graphs),
-            rows,
-            columns,
-            output,
-            self.size,
-            **self.settings,
-            FEATURES=features,
-            COLUMNS=min(_columns(features), 64),
-            num_warps=4,
-        )
-        return output
-
-    def far_products(self, rows, columns, far):
-        """`rows_i . columns_j` on the far edges from i to j."""
-        output, features = torch.empty_like(far), rows.shape[-1]
+    def products(self, rows, columns):
+        """`rows_i . columns_key(i, k)`, in float32."""
+        shape = (*self.neighbors.shape[:3], self.neighbors.shape[3] * self.block)
+        output = torch.empty(shape, dtype=torch.float32, device=rows.device)
+        features, tile = rows.shape[-1], 16
         run(
             _far_products,
-            (triton.cdiv(self.size, 16), self.graphs),
+            (triton.cdiv(self.size, tile), self.graphs),
             rows,
             columns,
             self.neighbors,
             output,
             self.size,
-            SLOTS=self.neighbors.shape[-1],
-            BLOCK=self.block,
+            **self.constants,
             FEATURES=features,
             COLUMNS=_columns(features),
-            ROWS=16,
-            num_warps=4,
+            ROWS=tile,
+            num_warps=_WARPS,
+        )
+        return output
+
+
+class _Band:
+    """Entries within the window, by tiles, `(B, G, tiles, tile, spans * tile)`."""
+
+    def __init__(self, local, tile, before):
+        self.local = local
+        batch, graphs, self.tiles, _, band = local.shape
+        self.graphs, self.size, self.spans = batch * graphs, self.tiles * tile, band // tile
+        self.constants = {
+            "TILE": tile,
+            "SPANS": self.spans,
+            "BEFORE": before,
+            "ROWS": max(triton.next_power_of_2(tile), 16),
+        }
+
+    def multiply(self, x, edges, far, transposed=False):
+        """The band, or its transpose, and far edges with weights `far`, if any, times x."""
+        output, features = torch.empty_like(x), x.shape[-1]
+        columns = _columns(features)
+        constants = {"SLOTS": 0, "BLOCK": 1} if far is None else edges.constants
+        run(
+            _multiply,
+            (self.tiles, triton.cdiv(features, columns), self.graphs),
+            self.local,
+            far,
+            None if far is None else edges.neighbors,
+            x,
+            output,
+            self.size,
+            **self.constants,
+            **constants,
+            FEATURES=features,
+            COLUMNS=columns,
+            TRANSPOSED=transposed,
+            num_warps=_WARPS,
+        )
+        return output
+
+    def products(self, rows, columns):
+        """`rows_i . columns_j` on the band."""
+        output, features = torch.empty_like(self.local), rows.shape[-1]
+        run(
+            _band_products,
+            (self.tiles, self.spans, self.graphs),
+            rows,
+            columns,
+            output,
+            self.size,
+            **self.constants,
+            FEATURES=features,
+            COLUMNS=min(_columns(features), 64),
+            num_warps=_WARPS,
         )
         return output
 
@@ -215,24 +275,25 @@ def _multiply(
     first_feature = tl.program_id(1) * COLUMNS
     graph = tl.program_id(2)
     lanes = tl.arange(0, ROWS)
-    local_ptr += graph.to(tl.int64) * tiles * (TILE * SPANS * TILE)
     x_ptr += graph.to(tl.int64) * size * FEATURES
     output_ptr += graph.to(tl.int64) * size * FEATURES
     rows = tile * TILE + lanes
-    held = lanes < TILE
+    held = (lanes < TILE) & (rows < size)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for span in range(SPANS):
-        shift = BEFORE - span if TRANSPOSED else span - BEFORE
-        other = tile + shift
-        if (other >= 0) & (other < tiles):
-            if TRANSPOSED:
-                weights = tl.trans(_load_band(local_ptr, other, span, TILE, SPANS, ROWS))
-            else:
-                weights = _load_band(local_ptr, tile, span, TILE, SPANS, ROWS)
-            x = load_rows(
-                x_ptr, other * TILE + lanes, FEATURES, held, FEATURES, COLUMNS, first_feature
-            )
-            total += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
+    if SPANS > 0:
+        local_ptr += graph.to(tl.int64) * tiles * (TILE * SPANS * TILE)
+        for span in range(SPANS):
+            shift = BEFORE - span if TRANSPOSED else span - BEFORE
+            other = tile + shift
+            if (other >= 0) & (other < tiles):
+                if TRANSPOSED:
+                    weights = tl.trans(_load_band(local_ptr, other, span, TILE, SPANS, ROWS))
+                else:
+                    weights = _load_band(local_ptr, tile, span, TILE, SPANS, ROWS)
+                x = load_rows(
+                    x_ptr, other * TILE + lanes, FEATURES, held, FEATURES, COLUMNS, first_feature
+                )
+                total += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
     if far_ptr is not None:
         for slot in range(SLOTS):
             edge = (graph.to(tl.int64) * size + rows) * SLOTS + slot

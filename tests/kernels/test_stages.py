@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import precision
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers import (
     run_case,
 )
 
-from keras_rwr import _local, _select, explain
+from keras_rwr import _far, _local, _select, explain
 from keras_rwr._select import select
 from keras_rwr._tensors import unit
 from keras_rwr._tokens import Tokens
@@ -44,6 +45,7 @@ NAMES = (
 )
 # Three tiles of 64 tokens, the last one not full.
 TOKENS = 150
+GENERATOR = torch.Generator().manual_seed(1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,9 +183,49 @@ def test_a_hub_is_collected_once_an_edge():
     """All tokens link to the first one: its list is as long as the sequence."""
     neighbors = torch.zeros((1, 1, 70, 1), dtype=torch.int32)
     neighbors[:, :, :3] = -1
-    _, edges, starts = walk._reverse_lists(neighbors, 1)
+    edges, starts = walk._FarEdges(neighbors, 1).lists
     assert starts.tolist() == [0] + [67] * 70
     assert edges[:67].tolist() == list(range(3, 70))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_far_products(block):
+    query, key = draw(2, 1, 2, 70, 6)
+    neighbors = torch.randint(-1, -(-70 // block), (1, 2, 70, 3), generator=GENERATOR)
+    neighbors = neighbors.sort(-1).values.to(torch.int32)
+    # A block may not be chosen twice.
+    again = torch.nn.functional.pad(neighbors[..., 1:] == neighbors[..., :-1], (1, 0))
+    neighbors = torch.where(again, -1, neighbors)
+    keys = neighbors[..., None] * block + torch.arange(block)
+    is_edge = ((neighbors[..., None] >= 0) & (keys < 70)).flatten(-2)
+
+    def run(dot):
+        def products(query, key):
+            return torch.where(is_edge, dot(query, neighbors, key, block), 0.0)
+
+        return gradients(products, query, key)
+
+    for found, expected in zip(run(walk.far_dot), run(_far.far_dot), strict=True):
+        assert_close(found.detach().numpy(), expected.detach().numpy(), 1e-5)
+
+
+def test_no_number_is_copied_to_the_device(monkeypatch):
+    """Each such copy waits for the GPU, and none can be part of a CUDA graph."""
+    case = BY_NAME["R5 causal"]
+    inputs, options = case.inputs, dict(case.options)
+    tensors = {name: torch.tensor(x).requires_grad_() for name, x in inputs.arrays().items()}
+    attend = attention(inputs, options, "triton")
+    convert = torch.as_tensor
+
+    def refuse(x, *arguments, **options):
+        assert isinstance(x, torch.Tensor), f"copied: {x}"
+        return convert(x, *arguments, **options)
+
+    monkeypatch.setattr(torch, "as_tensor", refuse)
+    monkeypatch.setattr(torch, "tensor", refuse)
+    attend(**tensors).sum().backward()
+    with pytest.raises(AssertionError, match=r"copied: 1\.0"):
+        keras.ops.convert_to_tensor(1.0)
 
 
 def test_no_second_derivative():
