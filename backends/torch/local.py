@@ -19,6 +19,7 @@ _PADDING = tl.constexpr(PADDING)
 _ROWS, _WARPS = 64, 4
 
 
+@torch.compiler.disable
 def attend_locally(
     query, key, value, tokens, window, bias=None, dropout=0.0, seed=None, block_size=None
 ):

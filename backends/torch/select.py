@@ -22,6 +22,7 @@ _NO_BLOCK = tl.constexpr(2**30)
 _PADDING = tl.constexpr(PADDING)
 
 
+@torch.compiler.disable
 def best_blocks(query, means, first, last, tokens, options):
     """See `keras_rwr._select.best_blocks`."""
     batch, graphs, size, features = query.shape

@@ -20,6 +20,7 @@ _LARGEST = 128  # features that a program works on
 _WARPS = 4
 
 
+@torch.compiler.disable
 def far_dot(query, neighbors, key, block):
     """See `keras_rwr._far.far_dot`."""
     return _FarDot.apply(query, key, _FarEdges(neighbors, block))
@@ -31,6 +32,7 @@ def make_matmul(graph):
     if neighbors is not None:
         edges = _FarEdges(neighbors, graph.log_weights.block)
 
+    @torch.compiler.disable
     def matmul(matrix, x):
         tiling = matrix.tiling
         return _Product.apply(

@@ -228,6 +228,15 @@ def test_no_number_is_copied_to_the_device(monkeypatch):
         keras.ops.convert_to_tensor(1.0)
 
 
+def test_compiled_calls():
+    """A compiler leaves the kernels as they are."""
+    case = BY_NAME["R5 causal"]
+    tensors = {name: torch.tensor(x) for name, x in case.inputs.arrays().items()}
+    attend = attention(case.inputs, dict(case.options), "triton")
+    compiled = torch.compile(lambda tensors: attend(**tensors), backend="eager")
+    assert torch.equal(compiled(tensors), attend(**tensors))
+
+
 def test_no_second_derivative():
     query = draw(1, 1, 16, 4).requires_grad_()
     output = local.attend_locally(query, query, query, Tokens.create(16, True), 3)
