@@ -389,17 +389,19 @@ def test_empty_calls_have_empty_outputs(shape, options, implementation):
 # --- the edges of definitions --------------------------------------------------------------------
 
 
+@every_implementation
 @pytest.mark.parametrize("edge_weight", ["cosine", "exponential"])
-def test_an_edge_needs_more_than_the_threshold(edge_weight):
+def test_an_edge_needs_more_than_the_threshold(edge_weight, implementation):
     # Cosines of exactly 0.5 and 1: four equal features, of which the query shares two signs more.
     key = np.ones((1, 2, 1, 4), "float32")
     query = np.array([1.0, 1.0, 1.0, -1.0], "float32") * np.ones_like(key)
     options = {"edge_weight": edge_weight, "window": 1, "topk": 0, "lens_strength": 1.0}
-    options.update(alpha=0.5, steps=1)
+    options.update(alpha=0.5, steps=1, implementation=implementation)
+    value = np.eye(2, dtype="float32")[None, :, None]  # outputs are rows of the matrix
 
     def walked(threshold):
-        scores = attention_scores(query, key, threshold=threshold, **options)
-        return numpy(scores)[0, 0, 0]
+        output = rwr_attention(query, key, value, threshold=threshold, **options)
+        return numpy(output)[0, 0, 0]
 
     # Both tokens get half of LOCAL; the walk takes half of its mass one step further.
     np.testing.assert_allclose(walked(0.499), [1.125, 0.625], rtol=1e-6)

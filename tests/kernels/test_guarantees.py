@@ -231,3 +231,13 @@ def test_dropout_is_the_seeds_alone():
     # What compilers make of other shapes may round otherwise.
     assert_close(output, whole[1:, :, 1:], TOLERANCES["output"])
     assert not np.array_equal(whole[:1, :, :1], whole[1:, :, 1:])
+
+
+@pytest.mark.parametrize("reversible", [False, True][: 1 if BACKEND == "jax" else None])
+def test_degrees_next_to_nothing(reversible):
+    extremes.test_degrees_next_to_nothing(reversible, KERNEL)
+
+
+@pytest.mark.parametrize("edge_weight", ["cosine", "exponential"])
+def test_an_edge_needs_more_than_the_threshold(edge_weight):
+    extremes.test_an_edge_needs_more_than_the_threshold(edge_weight, KERNEL)
