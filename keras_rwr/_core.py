@@ -6,9 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rwr import _decoding
+from keras_rwr import _cache, _decoding
 from keras_rwr._attend import Inputs
-from keras_rwr._decoding import Sizes, WalkCache
+from keras_rwr._cache import Sizes, WalkCache
 from keras_rwr._tokens import Masks
 from keras_rwr.options import CONCENTRATION_RANGE, Options
 
@@ -165,14 +165,14 @@ class WalkCore(keras.layers.Layer):
             Tensor of shape `(B, T, N, V)` and the updated cache.
         """
         sizes = self.sizes(key.shape[2], value.shape[-1])
-        _decoding.check_cache(cache, self.options, sizes, query.shape[0], id(self))
+        _cache.check_cache(cache, self.options, sizes, query.shape[0], id(self))
         length = query.shape[1]
         if not length:
             raise ValueError(
                 "`query` must have a known length, of one token at least, in cached decoding. "
                 f"Received: query of shape {tuple(x.shape)}"
             )
-        index = _decoding.check_index(index, length, cache.key.shape[2])
+        index = _cache.check_index(index, length, cache.key.shape[2])
         masks = Masks(None, None, True)
         plain_key = self._project(x, self.graph_key) if self.has_graph else None
 
@@ -211,7 +211,7 @@ class WalkCore(keras.layers.Layer):
     ) -> WalkCache:
         """A cache without tokens; see `keras_rwr.RWRAttention.empty_cache`."""
         sizes = self.sizes(kv_heads, value_dim)
-        return _decoding.empty_cache(self.options, sizes, batch_size, length, dtype, id(self))
+        return _cache.empty_cache(self.options, sizes, batch_size, length, dtype, id(self))
 
     def _inputs(
         self,

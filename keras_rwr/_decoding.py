@@ -1,4 +1,4 @@
-"""Causal decoding with a cache: what a layer keeps of earlier tokens, and the step to the next one.
+"""Causal decoding with a cache: the pass that begins a sequence, and the step to the next token.
 
 A causal P is lower triangular, so row i of each `Z^t = P^t V` is final once token i is known. The
 cache has one row a token with its key, its walks, and what its edges need; a new token takes one
@@ -12,16 +12,13 @@ new one has edges to.
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
-import keras
-import numpy as np
 from keras import ops
 
 from keras_rwr import _reference, _sharding
 from keras_rwr._attend import Heads, Inputs
-from keras_rwr._checks import compatible, has_values, is_tensor
+from keras_rwr._cache import Sizes, WalkCache, corner, write, write_rows
 from keras_rwr._far import NEGATIVE, best_columns, block_rows
 from keras_rwr._local import attend_locally
 from keras_rwr._select import block_means
@@ -40,187 +37,6 @@ from keras_rwr._weigh import ISOLATED, log_weight
 from keras_rwr.options import Call, Options, Tuning
 
 Tensor = Any
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class WalkCache:
-    """What one attention layer keeps of the tokens before, made by `RWRAttention.empty_cache`.
-
-    Attributes:
-        key: Tensor of shape `(B, M, R, H)`.
-        walks: Tensor of shape `(B, C, R, T V)`: `Z^0 = V` to `Z^(T - 1)` of each token.
-        graph_key: `None` or tensor of shape `(B, G, R, F)`, with `graph_heads`.
-        plain_key: `None` or tensor of shape `(B, G, R, F)`: the same before the convolution.
-        graph_query: `None` or tensor of shape `(B, G, R, F)`, for reversible graphs.
-        means: `None` or tensor of shape `(B, G, J, F)`, the mean unit key of each block.
-        log_sums: `None` or tensor of shape `(B, G, R, T)`: `log D` and `log B^t 1` of the backward
-            walk, t = 1 … T - 1, for the reciprocal mix.
-        back_walks: `None` or tensor of shape `(B, C, R, (T - 1) V)`: rows of the backward walk.
-        owner: `None` or int that tells the layer that made it.
-    """
-
-    key: Tensor
-    walks: Tensor
-    graph_key: Tensor = None
-    plain_key: Tensor = None
-    graph_query: Tensor = None
-    means: Tensor = None
-    log_sums: Tensor = None
-    back_walks: Tensor = None
-    owner: int | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, for loops that carry the cache."""
-        found = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-        return {name: x for name, x in found.items() if x is not None and name != "owner"}
-
-    def __repr__(self) -> str:
-        shapes = (f"{name}: {tuple(x.shape)}" for name, x in self.tensors().items())
-        return f"<WalkCache {', '.join(shapes)}>"
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of a layer's heads.
-
-    Attributes:
-        heads: Int, N.
-        kv_heads: Int, M.
-        key_dim: Int, H.
-        value_dim: Int, V.
-        graphs: Int, G.
-        graph_dim: Int, F.
-        has_graph: Bool. Whether the graph has queries and keys of its own.
-    """
-
-    heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    graphs: int
-    graph_dim: int
-    has_graph: bool
-
-    @property
-    def walked(self) -> int:
-        """C."""
-        return self.kv_heads if self.has_graph else self.heads
-
-
-def empty_cache(
-    options: Options, sizes: Sizes, batch: Any, length: int, dtype: str, owner: int | None = None
-) -> WalkCache:
-    """An empty cache.
-
-    Args:
-        options: `Options`.
-        sizes: `Sizes`.
-        batch: Int, or scalar tensor.
-        length: Int. Number of positions, prompt included.
-        dtype: String, the layer's compute dtype. What enters exponentials is float32 at least.
-        owner: `None` or int that tells the layer.
-    """
-    full = "float64" if dtype == "float64" else "float32"
-    block = options.neighbor_block
-    rows = -(-length // block) * block
-    shapes = cache_shapes(options, sizes, rows)
-    exact = ("means", "log_sums", "back_walks")
-    return WalkCache(
-        **{
-            name: ops.zeros((batch, *shape), dtype=full if name in exact else dtype)
-            for name, shape in shapes.items()
-        },
-        owner=owner,
-    )
-
-
-def cache_shapes(options: Options, sizes: Sizes, rows: Any) -> dict[str, tuple]:
-    """The shape of each tensor of a cache, without the batch."""
-    states = max(1, options.steps)
-    graph = (sizes.graphs, rows, sizes.graph_dim)
-    shapes: dict[str, tuple] = {
-        "key": (sizes.kv_heads, rows, sizes.key_dim),
-        "walks": (sizes.walked, rows, states * sizes.value_dim),
-    }
-    if options.fusion != "sum":
-        # That fusion computes everything anew, from queries, keys and values.
-        return {
-            **shapes,
-            "walks": (sizes.walked, rows, sizes.value_dim),
-            "graph_query": graph,
-        }
-    if sizes.has_graph:
-        shapes |= {"graph_key": graph, "plain_key": graph}
-    if options.steps == 0:
-        return shapes
-    if options.reversible:
-        shapes["graph_query"] = graph
-    if options.slots and (rows is None or rows > options.window + 1):
-        blocks = None if rows is None else rows // options.neighbor_block
-        shapes["means"] = (sizes.graphs, blocks, sizes.graph_dim)
-    if options.is_reciprocal:
-        shapes["log_sums"] = (sizes.graphs, rows, options.steps)
-        if options.steps > 1:
-            shapes["back_walks"] = (sizes.walked, rows, (options.steps - 1) * sizes.value_dim)
-    return shapes
-
-
-def check_cache(cache: Any, options: Options, sizes: Sizes, batch: Any, owner: int) -> None:
-    """Checks that a cache was made by a layer of these options and sizes.
-
-    Raises:
-        TypeError: If `cache` is no `WalkCache`.
-        ValueError: If it was made by another layer or for other options or shapes.
-    """
-    if not isinstance(cache, WalkCache):
-        raise TypeError(
-            "`cache` must be a WalkCache, made by `RWRAttention.empty_cache`. "
-            f"Received: cache={type(cache).__name__}"
-        )
-    rule = "`cache` must be made by `empty_cache` of this layer"
-    if cache.owner not in (None, owner):
-        raise ValueError(f"{rule}. Received: the cache of another layer, {cache}")
-    found, rows = cache.tensors(), cache.key.shape[2] if len(cache.key.shape) == 4 else None
-    expected = cache_shapes(options, sizes, rows)
-    shapes = {name: (batch, *shape) for name, shape in expected.items()}
-    fits = set(found) == set(shapes) and all(
-        len(x.shape) == 4 and compatible(x.shape, shapes[name]) for name, x in found.items()
-    )
-    if not fits:
-        raise ValueError(f"{rule}, with tensors of the shapes {shapes}. Received: {cache}")
-
-
-def check_index(index: Any, length: int, rows: int) -> Any:
-    """The position of the first new token: an int, or an int32 tensor where it is not known yet.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it leaves no room for `length` tokens.
-    """
-    if isinstance(index, np.ndarray) and index.dtype.kind in "iu":
-        index = ops.convert_to_tensor(index)
-    if is_tensor(index) and keras.backend.is_int_dtype(index.dtype):
-        if tuple(index.shape) != ():
-            raise ValueError(
-                "`cache_update_index` must be one number. "
-                f"Received: cache_update_index of shape {tuple(index.shape)}"
-            )
-        index = ops.convert_to_tensor(index)
-        if not has_values(index):
-            return ops.cast(index, "int32")
-        index = int(ops.convert_to_numpy(index))
-    if not isinstance(index, numbers.Integral) or isinstance(index, bool):
-        raise TypeError(
-            "`cache_update_index` must be an integer or an integer tensor. "
-            f"Received: cache_update_index={index!r}"
-        )
-    index = int(index)
-    if not 0 <= index <= rows - length:
-        raise ValueError(
-            f"`cache_update_index` must leave room for {length} tokens in a cache of {rows} "
-            f"positions. Received: cache_update_index={index}"
-        )
-    return index
 
 
 def attend(
@@ -330,7 +146,7 @@ def _prefill(
         output = _reference.rwr_attention(heads, options, Call(is_causal=True))
         rows = {"key": heads.key, "walks": repeat_heads(heads.value, sizes.walked)}
         rows["graph_query"] = _vectors(inputs.query, heads)
-        return output, _write_all(cache, rows, 0)
+        return output, write_rows(cache, rows, 0)
     output = attend_locally(
         heads.query, heads.key, heads.value, heads.tokens, options.window, heads.local_bias
     )
@@ -362,7 +178,7 @@ def _prefill(
             ops.ones((1, 1, heads.graph_key.shape[2], 1), heads.graph_key.dtype),
             options.neighbor_block,
         )
-    return output, _write_all(cache, rows, 0)
+    return output, write_rows(cache, rows, 0)
 
 
 def _step(
@@ -386,7 +202,7 @@ def _step(
         rows["walks"] = value
         if sizes.has_graph:
             rows |= {"graph_key": _vectors(inputs.graph_key, heads), "plain_key": plain_key}
-        return output, _write_all(cache, rows, index)
+        return output, write_rows(cache, rows, index)
 
     # The columns: the window before the token, the chosen blocks, and the token itself. Positions
     # are -1 where there is no edge.
@@ -466,14 +282,14 @@ def _step(
 
     if sizes.has_graph:
         rows |= {"graph_key": new_key, "plain_key": plain_key}
-    cache = _write_all(cache, rows, index)
+    cache = write_rows(cache, rows, index)
     if cache.means is not None:
         # From the columns: XLA copies a cache that is read again behind its update.
         block = index // options.neighbor_block
         in_block = positions >= block * options.neighbor_block
         in_block = ops.cast(ops.logical_and(in_block, positions >= 0), dtype)
         mean = (in_block @ unit(keys)) / ops.sum(in_block, axis=-1, keepdims=True)
-        cache = dataclasses.replace(cache, means=_write(cache.means, mean, block))
+        cache = dataclasses.replace(cache, means=write(cache.means, mean, block))
     return output, cache
 
 
@@ -502,7 +318,7 @@ class _Near:
     def take(self, x: Tensor) -> Tensor:
         """`(B, n, R, F)` to `(B, n, width, F)`."""
         batch, heads, _, features = ops.shape(x)
-        return ops.slice(x, _corner(self.start), (batch, heads, self.width, features))
+        return ops.slice(x, corner(self.start), (batch, heads, self.width, features))
 
 
 def _local_step(
@@ -552,7 +368,7 @@ def _dense_step(
 ) -> tuple[Tensor, WalkCache]:
     """Attention of the token at `index` for fusion "softmax": the whole dense computation."""
     rows = {"key": heads.key, "walks": heads.value, "graph_query": heads.query}
-    cache = _write_all(cache, rows, index)
+    cache = write_rows(cache, rows, index)
     everything = dataclasses.replace(
         inputs,
         **{
@@ -567,7 +383,7 @@ def _dense_step(
     call = Call(is_causal=True)
     output = _reference.rwr_attention(Heads.create(everything, options, call), options, call)
     batch, number, _, features = ops.shape(output)
-    return ops.slice(output, _corner(index), (batch, number, 1, features)), cache
+    return ops.slice(output, corner(index), (batch, number, 1, features)), cache
 
 
 def _vectors(x: Tensor, heads: Heads) -> Tensor:
@@ -580,34 +396,6 @@ def _column_bias(keys: Tensor, discoverability: Tensor) -> Tensor:
     if discoverability is None:
         return ops.zeros_like(keys[..., 0])[:, :, None]
     return ops.swapaxes(key_bias(keys, discoverability), -1, -2)
-
-
-def _write_all(cache: WalkCache, rows: dict[str, Tensor], index: Any) -> WalkCache:
-    """Replaces rows of the tensors that a cache has."""
-    found = cache.tensors()
-    return dataclasses.replace(
-        cache, **{name: _write(found[name], x, index) for name, x in rows.items() if name in found}
-    )
-
-
-def _write(x: Tensor, update: Tensor, index: Any) -> Tensor:
-    """Replaces rows of `(B, n, R, F)` from `index` on."""
-    update = ops.cast(update, x.dtype)
-    is_torch = keras.backend.backend() == "torch"
-    if is_torch and not (x.requires_grad or update.requires_grad):
-        # `slice_update` would copy the whole cache there for each token. A sampler may repeat the
-        # cache of one prompt as a view, which has to become a copy once.
-        x = x.contiguous()
-        x[:, :, index : index + update.shape[2]] = update
-        return x
-    return ops.slice_update(x, _corner(index), update)
-
-
-def _corner(index: Any) -> tuple[Any, ...]:
-    """Where the rows of `(B, n, R, F)` from `index` on begin; JAX takes indices of one dtype."""
-    index = ops.convert_to_tensor(index, dtype="int32")
-    zero = ops.zeros_like(index)
-    return zero, zero, index, zero
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

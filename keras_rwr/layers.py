@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_rwr._attend import attend, attention_matrix
+from keras_rwr._cache import WalkCache
 from keras_rwr._checks import check_bool, check_int, check_per_head, is_tensor
 from keras_rwr._core import WalkCore
-from keras_rwr._decoding import WalkCache
 from keras_rwr._tokens import Masks, check_sequences, read_masks
 from keras_rwr.graph import SparseGraph, check_fits
 from keras_rwr.options import Call, Options, Tuning

@@ -11,7 +11,8 @@ from helpers import assert_close, compiled
 from keras import ops
 from test_layer import float64_allowed
 
-from keras_rwr import _decoding as decoding
+from keras_rwr import _decoding
+from keras_rwr._cache import WalkCache
 from keras_rwr.layers import RWRAttention
 
 BATCH, LENGTH, DIM, HEADS, KEY, VALUE = 3, 23, 12, 4, 8, 5
@@ -88,7 +89,7 @@ def programs(layer):
     """The pass that begins a sequence, and a later one."""
 
     def call(x, tensors, index):
-        cache = decoding.WalkCache(**tensors)
+        cache = WalkCache(**tensors)
         output, cache = layer(x, x, use_causal_mask=True, cache=cache, cache_update_index=index)
         return output, cache.tensors()
 
@@ -103,7 +104,7 @@ def advance(layer, x, cache, start, stop):
     else:
         output, tensors = later(x, cache.tensors(), np.int32(start))
     output = ops.convert_to_numpy(ops.cast(output, layer.variable_dtype))
-    return output, decoding.WalkCache(**tensors)
+    return output, WalkCache(**tensors)
 
 
 def stepwise(layer, x, behind):
@@ -235,7 +236,7 @@ def test_the_cache_of_one_prompt_serves_several_beams():
     x = np.repeat(make_inputs()[:1], BATCH, axis=0)
     with no_gradient():
         _, cache = advance(layer, x[:1], layer.empty_cache(1, LENGTH), 0, PROMPT)
-        cache = decoding.WalkCache(
+        cache = WalkCache(
             **{name: ops.repeat(x, BATCH, axis=0) for name, x in cache.tensors().items()}
         )
         x[1:, PROMPT:] += 1.0
@@ -263,8 +264,8 @@ def test_the_work_of_a_token_grows_by_block_scores_alone(monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    count(decoding, "_dots", lambda args, result: int(np.prod(result.shape)) * args[0].shape[-1])
-    count(decoding, "block_rows", lambda args, result: int(np.prod(result.shape)))
+    count(_decoding, "_dots", lambda args, result: int(np.prod(result.shape)) * args[0].shape[-1])
+    count(_decoding, "block_rows", lambda args, result: int(np.prod(result.shape)))
     lengths = (64, 640)
     x = make_inputs()[:, :1]
     for length in lengths:
@@ -405,7 +406,7 @@ def test_caches_of_other_layers_are_refused():
             cached(layer, cache=other.empty_cache(BATCH, LENGTH))
     # Loops pass the tensors alone: their names and shapes tell most layers apart.
     for other in (make_layer(steps=3), make_layer(reversible=True), make_layer(**R5)):
-        cache = decoding.WalkCache(**other.empty_cache(BATCH, LENGTH).tensors())
+        cache = WalkCache(**other.empty_cache(BATCH, LENGTH).tensors())
         with pytest.raises(ValueError, match="of this layer, with tensors of the shapes"):
             cached(layer, cache=cache)
     with pytest.raises(ValueError, match="of this layer, with tensors of the shapes"):

@@ -7,7 +7,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_rwr._decoding import WalkCache
+from keras_rwr._cache import WalkCache
 from keras_rwr.models.gpt2_decoder import TransformerDecoder
 
 Tensor = Any

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_rwr._decoding import WalkCache
+from keras_rwr._cache import WalkCache
 from keras_rwr.layers import RWRAttention
 from keras_rwr.models import checkpointing
 

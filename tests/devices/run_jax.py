@@ -17,7 +17,7 @@ import jax
 import keras
 import language_model
 
-from keras_rwr import _decoding
+from keras_rwr import _cache, _decoding
 from keras_rwr._attend import Inputs
 from keras_rwr.ops import rwr_attention
 from keras_rwr.options import Options
@@ -71,13 +71,13 @@ def compile_parts(kind):
         return jax.numpy.sum(rwr_attention(query, key, value, **options) ** 2)
 
     options = Options.pick(OPTIONS)
-    sizes = _decoding.Sizes(
+    sizes = _cache.Sizes(
         heads=2, kv_heads=2, key_dim=16, value_dim=16, graphs=2, graph_dim=16, has_graph=False
     )
-    empty = _decoding.empty_cache(options, sizes, 8, 64, "float32").tensors()
+    empty = _cache.empty_cache(options, sizes, 8, 64, "float32").tensors()
 
     def step(query, index, *rows):
-        cache = _decoding.WalkCache(**dict(zip(empty, rows, strict=True)))
+        cache = _cache.WalkCache(**dict(zip(empty, rows, strict=True)))
         inputs = Inputs(query=query, key=query, value=query)
         output, cache = _decoding.attend(inputs, None, options, sizes, cache, index)
         return output, cache.tensors()
