@@ -14,14 +14,19 @@ def run(kernel, grid, *arguments, **constants):
 
     Args:
         kernel: Function of `triton.jit`.
-        grid: Tuple of one or two ints.
+        grid: Tuple of one to three ints.
         *arguments: Tensors, numbers and `None`.
         **constants: The kernel's constexprs, all of them, and Triton's options.
     """
-    if not torch.version.cuda or not arguments[0].is_cuda:
+    tensor = next(x for x in arguments if isinstance(x, torch.Tensor))
+    if not torch.version.cuda or not tensor.is_cuda:
         kernel[grid](*arguments, enable_fp_fusion=True, **constants)
         return
     device = torch.cuda.current_device()
+    if device != tensor.device.index:  # Triton launches on the current device
+        with torch.cuda.device(tensor.device):
+            run(kernel, grid, *arguments, **constants)
+        return
     numbers = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
     # What Triton compiles for anew, and more.
     kinds = [

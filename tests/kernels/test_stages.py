@@ -209,6 +209,14 @@ def test_far_products(block):
         assert_close(found.detach().numpy(), expected.detach().numpy(), 1e-5)
 
 
+def test_a_launch_may_begin_without_a_tensor(monkeypatch):
+    """As that of far edges alone; a machine with CUDA asks the first tensor where to launch."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    x, neighbors = draw(1, 1, 16, 16), torch.zeros((1, 1, 16, 1), dtype=torch.int32)
+    spread = walk._FarEdges(neighbors, 1).spread(torch.ones(1, 1, 16, 1), x)
+    assert torch.equal(spread, x[:, :, :1].expand(1, 1, 16, 16))
+
+
 def test_no_number_is_copied_to_the_device(monkeypatch):
     """Each such copy waits for the GPU, and none can be part of a CUDA graph."""
     case = BY_NAME["R5 causal"]
