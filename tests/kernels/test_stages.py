@@ -12,6 +12,7 @@ from helpers import (
     assert_close,
     assert_gradients_close,
     attention,
+    build_graph,
     errors,
     run_case,
 )
@@ -56,9 +57,24 @@ def test_float32(name):
     assert_gradients_close(gradients, case.expected_gradients[1])
 
 
-def test_they_run_what_the_others_lack():
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        ({"has_graph": True}, {}),
+        ({"has_segments": True}, {"neighbor_block": 1}),
+        ({}, {"graph_heads": 1}),
+        ({}, {"stopping": "gated"}),
+        ({}, {"self_edges": False}),
+        ({}, {"edge_weight": "exponential", "reversible": True}),
+        ({"value_shape": (1, 64, 1, 8)}, {}),
+    ],
+)
+def test_they_run_what_the_others_lack(call, options):
+    assert explain((1, 64, 2, 8), **call, **options).implementation == "triton"
+
+
+def test_what_they_refuse():
     options = {"graph_heads": 1, "neighbor_block": 1, "stopping": "gated"}
-    assert explain((1, 64, 2, 8), is_causal=True, **options).implementation == "triton"
     refusals = explain((1, 64, 2, 8), fusion="softmax", steps=1).refusals
     assert 'fusion "softmax"' in refusals["triton"]
     refusals = explain((1, 64, 2, 300), **options).refusals
@@ -207,6 +223,14 @@ def test_far_products(block):
 
     for found, expected in zip(run(walk.far_dot), run(_far.far_dot), strict=True):
         assert_close(found.detach().numpy(), expected.detach().numpy(), 1e-5)
+
+
+def test_a_graph_made_before_the_call():
+    case = BY_NAME["R3 causal"]
+    *_, made = build_graph(case)
+    tensors = {name: torch.tensor(x) for name, x in case.inputs.arrays().items()}
+    attend = attention(case.inputs, dict(case.options), "triton", graph=made)
+    assert_close(attend(**tensors).numpy(), case.expected, TOLERANCES["output"])
 
 
 def test_a_launch_may_begin_without_a_tensor(monkeypatch):
