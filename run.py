@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 BACKENDS = ("torch", "jax", "tensorflow")
 # Test processes a backend, slowest first, so that no long one ends alone. TensorFlow keeps what it
 # has compiled: one process for all tests would take twice the memory.
-PARTS = {"tensorflow": 2, "jax": 1, "torch": 1}
+PARTS = {"jax": 1, "torch": 1, "tensorflow": 2}
 CHECKS = {
     "ruff check": ["ruff", "check"],
     "ruff format": ["ruff", "format", "--check"],
@@ -94,6 +94,9 @@ def test(arguments):
     single = [x for x in selected if x not in (*spanning, *interpreted)]
 
     runs = []
+    if spanning or not selected:
+        paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
+        runs.append(("across backends", settings(BACKENDS[0]), paths))
     if single or not selected:
         for backend, parts in PARTS.items():
             for number, paths in enumerate([single] if single else divide(parts), 1):
@@ -105,9 +108,6 @@ def test(arguments):
         paths = [x for x in interpreted if is_interpreted_on(x, backend)]
         if paths:
             runs.append((name, settings(backend, **{switch: "1"}), paths))
-    if spanning or not selected:
-        paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
-        runs.append(("across backends", settings(BACKENDS[0]), paths))
 
     tasks = [functools.partial(pytest, python, *run, options) for run in runs]
     if not arguments:
