@@ -16,7 +16,7 @@ A subpackage (`torch`, `jax`, `tensorflow`) offers
   that each query links to, were chosen outside, so that no two implementations differ at a
   near-tie. `seed` is `None`, an int, or an int tensor of shape `(2,)` or `(4,)`; of four numbers
   the last two are added to the numbers of batch entries and heads in dropout's hash, because the
-  call is one device's part of a larger one. See `keras_rwr.dropout`.
+  call is one device's part of a larger one. See `keras_rwr._dropout`.
 - optionally `select_neighbors(query, key, config, padding_mask)`: a kernel for that choice, with
   the result of `keras_rwr.graph.select_neighbors`.
 

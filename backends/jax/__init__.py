@@ -69,7 +69,7 @@ def select_neighbors(query, key, config, padding_mask=None):
     Args:
         query: Array of shape `(B, S, N, H)`.
         key: Array of shape `(B, S, N, H)`.
-        config: The options, with the fields of `keras_rwr.RWRConfig`.
+        config: The options, with the fields of `keras_rwr._dispatch.KernelCall`.
         padding_mask: `None` or array of shape `(B, S)`, true at real tokens.
 
     Returns:
@@ -110,7 +110,7 @@ def rwr_attention(
         query: Array of shape `(B, S, N, H)`.
         key: Array of shape `(B, S, N, H)`.
         value: Array of shape `(B, S, N, V)`.
-        config: The options, with the fields of `keras_rwr.RWRConfig`.
+        config: The options, with the fields of `keras_rwr._dispatch.KernelCall`.
         lens_strength: Number, one a head, or array: gamma.
         concentration: Number, one a head, or array: kappa.
         discoverability: `None` or array of shape `(N, H)`, u.
@@ -200,7 +200,7 @@ def _per_head(value, heads):
 
 
 def _seed_words(seed):
-    """A seed as four int32 words, see `keras_rwr.dropout`."""
+    """A seed as four int32 words, see `keras_rwr._dropout`."""
     if isinstance(seed, int):
         seed = jnp.array([(seed + 2**31) % 2**32 - 2**31], jnp.int32)
     seed = jnp.asarray(seed).astype(jnp.int32)

@@ -61,7 +61,7 @@ def select_neighbors(query, key, config, real, target):
     Args:
         query: Array of shape `(B, S, N, H)`, 0 at padding.
         key: Array of shape `(B, S, N, H)` of the same dtype, 0 at padding.
-        config: The options, with the fields of `keras_rwr.RWRConfig`.
+        config: The options, with the fields of `keras_rwr._dispatch.KernelCall`.
         real: `None` or bool array of shape `(B, S)`, true at real tokens.
         target: String, what the kernel is made for.
 

@@ -23,13 +23,11 @@ _LARGEST_BLOCK = 128
 
 
 def supports(spec):
-    """Why the kernels cannot run a call, or `None`."""
+    """Why the kernels of the whole operation cannot run a call, or `None`."""
     config = spec.config
-    reason = _refuse_machine(spec)
+    reason = supports_stages(spec)
     if reason is not None:
         return reason
-    if config.fusion != "sum":
-        return f'fusion "{config.fusion}" needs the dense rows of the walk'
     if config.edge_weight == "exponential" and config.reversible:
         return (
             "its kernels have no logarithms, which the scales of exponential edges both ways need"
@@ -41,8 +39,8 @@ def supports(spec):
     return None
 
 
-def _refuse_machine(spec):
-    """Why no kernel at all can run a call, or `None`."""
+def supports_stages(spec):
+    """Why the kernels of stages cannot run a call, or `None`."""
     if not _HAS_TRITON:
         return "Triton is not installed"
     if spec.device != ("cpu" if _IS_INTERPRETED else "gpu"):
@@ -50,20 +48,12 @@ def _refuse_machine(spec):
         return f"its kernels run on {where}"
     if spec.dtype not in _DTYPES:
         return f"its kernels compute in {', '.join(_DTYPES)}"
+    if spec.config.fusion != "sum":
+        return f'fusion "{spec.config.fusion}" needs the dense rows of the walk'
     for name, size in (("head size", spec.query_shape[-1]), ("value size", spec.value_size)):
         if size is not None and size > _LARGEST_HEAD:
             return f"its tiles hold a {name} of at most {_LARGEST_HEAD}"
     return None
-
-
-def supports_stages(spec):
-    """Why the kernels of stages cannot run a call, or `None`."""
-    config = spec.config
-    return _refuse_machine(spec) or (
-        None
-        if config.fusion == "sum"
-        else f'fusion "{config.fusion}" needs the dense rows of the walk'
-    )
 
 
 def stages():
@@ -85,7 +75,7 @@ def select_neighbors(query, key, config, padding_mask=None):
     Args:
         query: Tensor of shape `(B, S, N, H)`.
         key: Tensor of shape `(B, S, N, H)`.
-        config: The options, with the fields of `keras_rwr.RWRConfig`.
+        config: The options, with the fields of `keras_rwr._dispatch.KernelCall`.
         padding_mask: `None` or tensor of shape `(B, S)`, true at real tokens.
 
     Returns:
@@ -130,7 +120,7 @@ def rwr_attention(
         query: Tensor of shape `(B, S, N, H)`.
         key: Tensor of shape `(B, S, N, H)`.
         value: Tensor of shape `(B, S, N, V)`.
-        config: The options, with the fields of `keras_rwr.RWRConfig`.
+        config: The options, with the fields of `keras_rwr._dispatch.KernelCall`.
         lens_strength: Number, one a head, or tensor: gamma.
         concentration: Number, one a head, or tensor: kappa.
         discoverability: `None` or tensor of shape `(N, H)`, u.

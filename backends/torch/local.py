@@ -107,6 +107,22 @@ def _load_labels(label_ptr, entry, label_stride, positions, size):
 
 
 @triton.jit
+def _logits(query, key, bias_ptr, begin, keys, inside, logit_scale, near):
+    """Logits of base 2 of a tile of pairs, NEVER where they do not see each other."""
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * logit_scale
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + begin + keys, mask=inside, other=0.0).to(tl.float32)
+        logits += bias[None, :] * LOG2E
+    return tl.where(near, logits, NEVER)
+
+
+@triton.jit
+def _probabilities(logits, lse):
+    """The softmax again; 0 in rows without a key, whose `lse` is NEVER."""
+    return tl.where(logits > NEVER, tl.exp2(logits - lse[:, None]), 0.0)
+
+
+@triton.jit
 def _forward(
     query_ptr,
     key_ptr,
@@ -154,11 +170,7 @@ def _forward(
         value = load_rows(
             value_ptr + group * VALUE_SIZE, columns, VALUE_SIZE, present, VALUE_SIZE, VALUE
         )
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * logit_scale
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + begin + columns, mask=present, other=0.0).to(tl.float32)
-            logits += bias[None, :] * LOG2E
-        logits = tl.where(near, logits, NEVER)
+        logits = _logits(query, key, bias_ptr, begin, columns, present, logit_scale, near)
         highest = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.where(near, tl.exp2(logits - highest[:, None]), 0.0)
         shrink = tl.exp2(peak - highest)
@@ -228,11 +240,8 @@ def _query_gradients(
         value = load_rows(
             value_ptr + group * VALUE_SIZE, columns, VALUE_SIZE, present, VALUE_SIZE, VALUE
         )
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * logit_scale
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + begin + columns, mask=present, other=0.0).to(tl.float32)
-            logits += bias[None, :] * LOG2E
-        weights = tl.exp2(tl.where(near, logits - lse[:, None], NEVER))
+        logits = _logits(query, key, bias_ptr, begin, columns, present, logit_scale, near)
+        weights = _probabilities(logits, lse)
         change = tl.dot(cotangent, tl.trans(value), input_precision="ieee")
         if DROPPED > 0:
             keep = keep_pairs(seed_ptr, head, heads, rows[:, None], columns[None, :], DROPPED)
@@ -291,9 +300,6 @@ def _key_gradients(
     for member in range(shared):
         head = entry * heads + key_head % key_heads * shared + member
         begin = head.to(tl.int64) * size
-        bias = tl.zeros((ROWS,), tl.float32)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + begin + keys, mask=inside, other=0.0).to(tl.float32) * LOG2E
         bias_gradient = tl.zeros((ROWS,), tl.float32)
         for row in range(low, high, ROWS):
             rows = row + tl.arange(0, ROWS)
@@ -308,8 +314,8 @@ def _key_gradients(
             )
             lse = tl.load(lse_ptr + begin + rows, mask=present, other=0.0)
             delta = tl.load(delta_ptr + begin + rows, mask=present, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * logit_scale
-            weights = tl.exp2(tl.where(near, logits + bias[None, :] - lse[:, None], NEVER))
+            logits = _logits(query, key, bias_ptr, begin, keys, inside, logit_scale, near)
+            weights = _probabilities(logits, lse)
             change = tl.dot(cotangent, tl.trans(value), input_precision="ieee")
             passed = weights
             if DROPPED > 0:

@@ -14,7 +14,7 @@ _NO_CUT = -2.0
 
 
 class Options(NamedTuple):
-    """The options of a call that are not tensors; see `keras_rwr.RWRConfig`."""
+    """The options of a call that are not tensors; see `keras_rwr._dispatch.KernelCall`."""
 
     alpha: float
     steps: int
@@ -269,7 +269,7 @@ def ceil_div(x, y):
 
 
 def seed_words(seed, device):
-    """A seed as four int32 words, see `keras_rwr.dropout`."""
+    """A seed as four int32 words, see `keras_rwr._dropout`."""
     if isinstance(seed, int):
         seed = torch.full((1,), (seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
     seed = seed.to(device=device, dtype=torch.int32)
