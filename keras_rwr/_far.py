@@ -54,7 +54,14 @@ def far_sum(weights: Tensor, blocks: Tensor, x: Tensor, block: int) -> Tensor:
 
 
 def far_gather(blocks: Tensor, x: Tensor, block: int) -> Tensor:
-    """The value of each far key: one number a token, `(B, G, S, 1)`, to `(B, G, S, K)`."""
+    """The value of each far key: one number a token, `(B, G, S, 1)`, to `(B, G, S, K)`.
+
+    Positions behind the last get the last one's value, by which one can divide if by all others.
+    """
+    extra = -ops.shape(x)[2] % block
+    if not (isinstance(extra, int) and extra == 0):
+        last = ops.broadcast_to(x[:, :, -1:], (*ops.shape(x)[:2], extra, 1))
+        x = ops.concatenate([x, last], axis=2)
     values = ops.take(_table(x, block), _table_rows(blocks, block), axis=0)
     return ops.reshape(values, (*ops.shape(blocks)[:3], blocks.shape[-1] * block))
 

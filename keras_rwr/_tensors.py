@@ -32,7 +32,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def per_head(value: Any, dtype: str) -> Tensor:
     """A scalar, a sequence or a tensor of one value a head as a tensor `(N or 1, 1, 1)`."""
-    if isinstance(value, float):
+    if isinstance(value, (int, float)):
         return ops.zeros((1, 1, 1), dtype=dtype) + value
     return ops.reshape(ops.convert_to_tensor(value, dtype=dtype), (-1, 1, 1))
 
@@ -84,7 +84,7 @@ def unit(x: Tensor) -> Tensor:
     squares = ops.sum(ops.square(scaled), axis=-1, keepdims=True)
     norm = ops.sqrt(where(squares > 0, squares, 1.0))  # of what is scaled
     is_long = norm * largest > SMALLEST_NORM
-    direction = where(is_long, scaled / norm, scaled * (largest / SMALLEST_NORM))
+    direction = where(is_long, scaled / norm, scaled * (minimum(largest, 1.0) / SMALLEST_NORM))
     length = maximum(norm * largest, SMALLEST_NORM)
     return scale_gradient(direction, minimum(length / SMALLEST_NORM_OF_GRADIENTS, 1.0))
 
