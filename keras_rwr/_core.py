@@ -7,8 +7,8 @@ import keras
 from keras import ops
 
 from keras_rwr import _cache, _decoding
-from keras_rwr._attend import Inputs
 from keras_rwr._cache import Sizes, WalkCache
+from keras_rwr._heads import Inputs
 from keras_rwr._tokens import Masks
 from keras_rwr.options import CONCENTRATION_RANGE, Options
 

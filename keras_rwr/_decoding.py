@@ -17,9 +17,10 @@ from typing import Any
 from keras import ops
 
 from keras_rwr import _reference, _sharding
-from keras_rwr._attend import Heads, Inputs
+from keras_rwr._attend import transition_matrix
 from keras_rwr._cache import Sizes, WalkCache, corner, write, write_rows
 from keras_rwr._far import NEGATIVE, best_columns, block_rows
+from keras_rwr._heads import Heads, Inputs
 from keras_rwr._local import attend_locally
 from keras_rwr._select import block_means
 from keras_rwr._tensors import (
@@ -153,7 +154,7 @@ def _prefill(
     value = repeat_heads(heads.value, sizes.walked)
     states, backward = [value], None
     if options.steps > 0:
-        transition = heads.transition(options, Tuning())
+        transition = transition_matrix(heads, options, Tuning())
         states = list(walk_states(transition, value, options.steps))
         if options.is_reciprocal:
             backward = list(backward_states(transition, value, options.steps))

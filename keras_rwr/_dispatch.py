@@ -11,15 +11,16 @@ import keras
 from keras import ops
 
 from keras_rwr._checks import check_bool, check_choice
-from keras_rwr._far import far_dot
+from keras_rwr._heads import contain_vectors
 from keras_rwr._local import attend_locally
-from keras_rwr._select import best_blocks
-from keras_rwr._sparse import SparseMatrix
-from keras_rwr._tensors import contain, where
+from keras_rwr._select import select
+from keras_rwr._tensors import contain, unit, where
+from keras_rwr._walk import walk
+from keras_rwr._weigh import weigh
 from keras_rwr.options import IMPLEMENTATIONS, Call, Options, Tuning
 
 if TYPE_CHECKING:
-    from keras_rwr._attend import Inputs
+    from keras_rwr._heads import Inputs
 
 # Kernels of the whole operation: name -> (module, the backend they are for).
 KERNELS = {
@@ -30,21 +31,23 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """What kernels may replace of the stages.
+    """The stages of the operation, each of which kernels may replace.
 
     Attributes:
-        best_blocks: Function, as `keras_rwr._select.best_blocks`.
-        far_dot: Function, as `keras_rwr._far.far_dot`.
+        contain: Function, as `keras_rwr._heads.contain_vectors`.
+        unit: Function, as `keras_rwr._tensors.unit`.
+        select: Function, as `keras_rwr._select.select`.
+        weigh: Function, as `keras_rwr._weigh.weigh`.
+        walk: Function, as `keras_rwr._walk.walk`.
         attend_locally: Function, as `keras_rwr._local.attend_locally`.
-        make_matmul: Function of a `SparseGraph` that returns `SparseMatrix.matmul` for its edges.
-        keep_half: Bool. Whether they take queries, keys and values in half precision.
     """
 
-    best_blocks: Callable = best_blocks
-    far_dot: Callable = far_dot
+    contain: Callable = contain_vectors
+    unit: Callable = unit
+    select: Callable = select
+    weigh: Callable = weigh
+    walk: Callable = walk
     attend_locally: Callable = attend_locally
-    make_matmul: Callable = lambda graph: SparseMatrix.matmul
-    keep_half: bool = False
 
 
 PORTABLE = Stages()

@@ -28,7 +28,7 @@ from keras_rwr._weigh import ISOLATED, log_weight
 from keras_rwr.options import Call, Options
 
 if TYPE_CHECKING:
-    from keras_rwr._attend import Heads
+    from keras_rwr._heads import Heads
 
 Tensor = Any
 

@@ -1,6 +1,5 @@
 """Selection: the key blocks outside its window that each query links to. No gradient."""
 
-from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -21,7 +20,6 @@ def select(
     graph_key: Tensor,
     tokens: Tokens,
     options: Options,
-    best: Callable | None = None,
 ) -> Tensor:
     """Chooses each query's best key blocks with a valid token outside its window.
 
@@ -33,26 +31,35 @@ def select(
         graph_key: Tensor of shape `(B, G, S, F)`, unit vectors.
         tokens: `Tokens`.
         options: `Options`.
-        best: `None` or what chooses in place of `best_blocks`.
 
     Returns:
         Int32 tensor of shape `(B, G, S, topk / neighbor_block)` of block numbers, -1 for none, or
         `None` when no token lies outside any window.
     """
-    size, block, window = tokens.size, options.neighbor_block, options.window
-    if options.slots == 0 or (isinstance(size, int) and size <= window + 1):
+    if not has_candidates(tokens, options):
         return None
     query, key = ops.stop_gradient(graph_query), ops.stop_gradient(graph_key)
-    positions = ops.arange(size, dtype="int32")[:, None]  # (S, 1)
-    means = block_means(key, ops.cast(tokens.real, key.dtype), block)  # (B, G, J, F)
-    # The first and the last real position of each block, (B or 1, 1, 1, J).
-    far_away = 2 * size + block
+    means = block_means(key, ops.cast(tokens.real, key.dtype), options.neighbor_block)
+    first, last = block_ends(tokens, options.neighbor_block)
+    return ops.stop_gradient(best_blocks(query, means, first, last, tokens, options))
+
+
+def has_candidates(tokens: Tokens, options: Options) -> bool:
+    """Whether a query can have neighbours: tokens outside its window."""
+    size = tokens.size
+    return options.slots > 0 and not (isinstance(size, int) and size <= options.window + 1)
+
+
+def block_ends(tokens: Tokens, block: int) -> tuple[Tensor, Tensor]:
+    """The first and the last real position of each block, int32 tensors `(B or 1, 1, 1, J)`."""
+    positions = ops.arange(tokens.size, dtype="int32")[:, None]
+    far_away = 2 * tokens.size + block
     first = to_blocks(where(tokens.real, positions - far_away, 0), block)
-    first = ops.amin(first, (-1, -2))[:, :, None] + far_away
     last = to_blocks(where(tokens.real, positions + far_away, 0), block)
-    last = ops.amax(last, (-1, -2))[:, :, None] - far_away
-    chosen = (best or best_blocks)(query, means, first, last, tokens, options)
-    return ops.stop_gradient(chosen)
+    return (
+        ops.amin(first, (-1, -2))[:, :, None] + far_away,
+        ops.amax(last, (-1, -2))[:, :, None] - far_away,
+    )
 
 
 def best_blocks(

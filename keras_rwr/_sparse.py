@@ -27,6 +27,7 @@ class SparseMatrix:
         local: Tensor of shape `(B, G, C, M, L)`: entries within the window, by tiles.
         far: `None` or tensor `(B, G, padded_size, K)`: entries at the tokens of the key blocks.
         back: `None` or tensor `(B, G, padded_size, K)`: entries of these edges from key to query.
+        lists: `None`, or the far edges in the order of their keys, as kernels made it.
     """
 
     tiling: Tiling
@@ -35,6 +36,7 @@ class SparseMatrix:
     local: Tensor
     far: Tensor = None
     back: Tensor = None
+    lists: Any = None
 
     def map(self, function: Callable, *others: "SparseMatrix") -> "SparseMatrix":
         """Applies a function to the entries of matrices of the same edges."""

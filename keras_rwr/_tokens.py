@@ -23,12 +23,17 @@ class Tokens:
         labels: Int tensor of shape `(B or 1, 1, S, 1)`: a token's segment, or `PADDING`.
         is_causal: Bool. Whether a token sees only itself and its past.
         has_segments: Bool. Whether labels of real tokens can differ.
+        has_padding: Bool. Whether some tokens can be padding.
+        ends: `None` or int32 tensor of shape `(B,)`, where kernels end each sequence: at its first
+            token that is not finite.
     """
 
     size: Any
     labels: Tensor
     is_causal: bool
     has_segments: bool = False
+    has_padding: bool = False
+    ends: Tensor = None
 
     @classmethod
     def create(
@@ -42,7 +47,17 @@ class Tokens:
         labels = ops.cast(labels, "int32")
         if padding_mask is not None:
             labels = where(ops.cast(padding_mask, "bool"), labels, PADDING)
-        return cls(size, labels[:, None, :, None], is_causal, segment_ids is not None)
+        return cls(
+            size,
+            labels[:, None, :, None],
+            is_causal,
+            has_segments=segment_ids is not None,
+            has_padding=padding_mask is not None,
+        )
+
+    def end_at(self, ends: Tensor) -> Self:
+        """The same tokens with other `ends`."""
+        return dataclasses.replace(self, ends=ends)
 
     @property
     def real(self) -> Tensor:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_rwr._far import NEGATIVE
 from keras_rwr._sparse import SparseMatrix
-from keras_rwr._tensors import minimum, repeat_heads, where
+from keras_rwr._tensors import minimum, per_head, repeat_heads, where
 from keras_rwr._weigh import SparseGraph, softmax_rows
 from keras_rwr.options import Options
 
@@ -19,8 +19,8 @@ _LARGEST_EXPONENT = 80.0  # within float32's range
 
 def restart_weights(options: Options, lens_strength: Tensor, dtype: str) -> Tensor:
     """`theta_t = gamma alpha (1 - alpha)^t`, a tensor of shape `(1, N or 1, 1, T + 1)`."""
-    gamma = ops.reshape(ops.convert_to_tensor(lens_strength, dtype=dtype), (1, -1, 1, 1))
-    return gamma * ops.convert_to_tensor(options.restart_weights, dtype=dtype)
+    gamma = per_head(lens_strength, dtype)[None]
+    return ops.concatenate([gamma * weight for weight in options.restart_weights], axis=-1)
 
 
 def walk(
@@ -28,28 +28,28 @@ def walk(
     value: Tensor,
     hop_weights: Tensor,
     options: Options,
-    heads: int,
+    local: Tensor,
     matmul: Callable = SparseMatrix.matmul,
 ) -> Tensor:
-    """What walkers bring back: for each token the values that t steps lead to, weighted.
+    """Adds to LOCAL what walkers bring back: the values that t steps lead to, weighted.
 
     Args:
         graph: `SparseGraph` with its transition matrix.
         value: Tensor of shape `(B, M, S, V)`; the number of graphs divides M, which divides N.
         hop_weights: Tensor of shape `(B or 1, N or 1, S or 1, T + 1)`, theta.
         options: `Options`.
-        heads: Int. Number of query heads N.
+        local: Tensor of shape `(B, N, S, V)`, LOCAL of the query heads.
         matmul: Function of a `SparseMatrix` and features: their product.
 
     Returns:
         Tensor of shape `(B, N, S, V)`.
     """
-    steps = hop_weights.shape[-1] - 1
+    steps, heads = hop_weights.shape[-1] - 1, local.shape[1]
     states = walk_states(graph, value, steps, matmul)
     backward = None
     if options.is_reciprocal:
         backward = backward_states(graph, value, steps, matmul)
-    return combine(states, backward, hop_weights, options, heads)
+    return local + combine(states, backward, hop_weights, options, heads)
 
 
 def combine(
@@ -154,7 +154,7 @@ def mix_backward(
 
 def _side_by_side(graph: SparseGraph, value: Tensor) -> Tensor:
     """`(B, M, S, V)` to `(B, G, padded_size, M / G V)`: heads that share a graph are columns."""
-    return graph.tiling.pad(side_by_side(value, graph.log_weights.local.shape[1]))
+    return graph.tiling.pad(side_by_side(value, graph.graphs))
 
 
 def _heads(graph: SparseGraph, state: Tensor, value: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class SparseGraph:
     Attributes:
         options: `Options` that the graph was built with.
         tokens: `Tokens` of the call.
-        log_weights: `SparseMatrix`, the logarithms of W or S.
+        log_weights: `SparseMatrix`, the logarithms of W or S; `None` where a kernel made P at once.
         mirror: Function without arguments that returns the local part of the logarithms of W^T.
         transition: `None` or `SparseMatrix`, P.
         log_degree: `None` or tensor `(B, G, padded_size, 1)`, log D; 0 where isolated.
@@ -58,7 +58,7 @@ class SparseGraph:
 
     options: Options
     tokens: Tokens
-    log_weights: SparseMatrix
+    log_weights: Any
     mirror: Callable[[], Tensor] | None = None
     transition: SparseMatrix | None = None
     log_degree: Tensor = None
@@ -68,7 +68,12 @@ class SparseGraph:
     @property
     def tiling(self) -> Tiling:
         """`Tiling` of the positions."""
-        return self.log_weights.tiling
+        return self._edges.tiling
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs G."""
+        return self._edges.local.shape[1]
 
     @property
     def matrix(self) -> SparseMatrix:
@@ -76,11 +81,17 @@ class SparseGraph:
         return self.log_weights.map(ops.exp) if self.transition is None else self.transition
 
     @property
+    def _edges(self) -> SparseMatrix:
+        """A matrix of the graph's edges."""
+        matrix: Any = self.transition if self.log_weights is None else self.log_weights
+        return matrix
+
+    @property
     def neighbors(self) -> Tensor:
         """Int tensor `(B, G, S, K / neighbor_block)`: chosen key blocks, -1 for none."""
-        chosen = self.log_weights.neighbors
+        chosen = self._edges.neighbors
         if chosen is None:
-            shape = ops.shape(self.log_weights.local)[:2]
+            shape = ops.shape(self._edges.local)[:2]
             return ops.full((*shape, self.tiling.size, 0), -1, dtype="int32")
         return self.tiling.cut(chosen)
 
@@ -271,6 +282,7 @@ def _far_mask(neighbors: Tensor, tiling: Tiling, tokens: Tokens, options: Option
     chosen = ops.repeat(neighbors >= 0, block, axis=-1)
     within = ops.arange(block, dtype="int32")
     keys = ops.reshape(neighbors[..., None] * block + within, ops.shape(chosen))
+    chosen = ops.logical_and(chosen, keys < tiling.padded_size)
     distance = keys - ops.arange(tiling.padded_size, dtype="int32")[:, None]
     outside = distance < -options.window
     if not tokens.is_causal:

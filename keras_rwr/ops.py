@@ -6,8 +6,9 @@ import keras
 from keras import ops
 from keras.src.backend import any_symbolic_tensors
 
-from keras_rwr._attend import Heads, Inputs, attend, attention_matrix
+from keras_rwr._attend import attend, attention_matrix, transition_matrix
 from keras_rwr._checks import as_tensor, check_per_head, check_shape, compatible, is_tensor
+from keras_rwr._heads import Heads, Inputs
 from keras_rwr._tensors import maximum, where
 from keras_rwr._walk import apart, side_by_side
 from keras_rwr.graph import SparseGraph, check_fits, check_rows
@@ -114,8 +115,8 @@ def rwr_attention(
 
     Returns:
         Tensor of shape `(B, S, N, V)` in the dtype of `query`. The arithmetic is in float32, or in
-        float64 if an input is. A token with a NaN or infinity makes outputs NaN from it on in a
-        causal call, and no earlier one.
+        float64 if an input is. In a causal call a token with a NaN or infinity makes its own output
+        NaN, and those of later tokens that see it, but no earlier one.
 
     Raises:
         ValueError: If an argument is outside its range, or shapes do not fit.
@@ -131,13 +132,12 @@ def rwr_attention(
         - [Wang et al., 2021](https://arxiv.org/abs/2009.14332): multi-hop attention, MAGNA
     """
     options, call, tensors = _read(locals())
-    operation = RWRAttentionOperation(
-        options, call, Tuning(block_size, head_dim_pad, implementation)
-    )
+    tuning = Tuning(block_size, head_dim_pad, implementation)
+    if not any_symbolic_tensors(tuple(tensors.values())):
+        return attend(Inputs(**tensors), options, call, tuning)
+    operation = RWRAttentionOperation(options, call, tuning)
     query, key, value = tensors.pop("query"), tensors.pop("key"), tensors.pop("value")
-    if any_symbolic_tensors((query, key, value, *tensors.values())):
-        return operation.symbolic_call(query, key, value, tensors)
-    return operation.call(query, key, value, tensors)
+    return operation.symbolic_call(query, key, value, tensors)
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
@@ -259,8 +259,8 @@ def token_importance(
     """
     options, call, tensors = _read({**locals(), "value": key})
     heads = Heads.create(Inputs(**tensors), options, call)
-    transition = heads.transition(options, Tuning())
-    graphs, number = transition.log_weights.local.shape[1], heads.query.shape[1]
+    transition = transition_matrix(heads, options, Tuning())
+    graphs, number = transition.graphs, heads.query.shape[1]
     real = ops.cast(heads.tokens.real, heads.query.dtype)
     start = real / maximum(ops.sum(real, axis=2, keepdims=True), 1.0)  # (B or 1, 1, S, 1)
     start = heads.hop_weights * ops.broadcast_to(
@@ -301,8 +301,12 @@ def _read(arguments: dict[str, Any]) -> tuple[Options, Call, dict[str, Any]]:
             "`key` must have a number of heads that divides that of `query`. Received: key of "
             f"shape {tuple(key.shape)}, query of shape {tuple(query.shape)}"
         )
-    options = _read_graph(tensors, options, call)
-    options = _read_hop_weights(tensors, options, arguments)
+    changes = {
+        **_read_graph(tensors, options, call),
+        **_read_hop_weights(tensors, options, arguments),
+    }
+    if changes:
+        options = options.replace(**changes)
     for name, kind in (("padding_mask", "any"), ("segment_ids", "int")):
         tensors[name] = check_rows(name, tensors[name], query, kind)
     call.check(options, tensors["segment_ids"] is not None)
@@ -310,8 +314,8 @@ def _read(arguments: dict[str, Any]) -> tuple[Options, Call, dict[str, Any]]:
     return options, call, tensors
 
 
-def _read_graph(tensors: dict[str, Any], options: Options, call: Call) -> Options:
-    """Checks what the graph is built from."""
+def _read_graph(tensors: dict[str, Any], options: Options, call: Call) -> dict[str, Any]:
+    """Checks what the graph is built from, and returns what it says of the options."""
     query, graph = tensors["query"], tensors["graph"]
     batch, size, heads, features = query.shape
     kv_heads = tensors["key"].shape[2]
@@ -339,7 +343,6 @@ def _read_graph(tensors: dict[str, Any], options: Options, call: Call) -> Option
             raise ValueError(
                 f"`graph` must be `None` beside `graph_query`. Received: graph={graph!r}"
             )
-        options = options.replace(graph_heads=graphs)
     if graph is not None:
         check_fits(graph, query, kv_heads, options, call)
     kappa = tensors["concentration"]
@@ -355,15 +358,17 @@ def _read_graph(tensors: dict[str, Any], options: Options, call: Call) -> Option
         u = tensors["discoverability"] = as_tensor("discoverability", tensors["discoverability"])
         letters = "(G, F)" if given else "(N, H)"
         check_shape("discoverability", u, letters, (graphs, features))
-    return options
+    return {"graph_heads": graphs} if given else {}
 
 
 def _read_hop_weights(
     tensors: dict[str, Any], options: Options, arguments: dict[str, Any]
-) -> Options:
-    """Checks theta, which takes the place of alpha, steps and gamma."""
+) -> dict[str, Any]:
+    """Checks theta, which takes the place of alpha, steps and gamma; returns what it changes."""
+    strength = arguments.get("lens_strength", Options.lens_strength)
     if tensors["hop_weights"] is None:
-        return options
+        is_number = isinstance(strength, (int, float)) and strength != Options.lens_strength
+        return {"lens_strength": strength} if is_number else {}
     weights = tensors["hop_weights"] = as_tensor("hop_weights", tensors["hop_weights"])
     batch, size, heads, _ = tensors["query"].shape
     last = weights.shape[-1] if len(weights.shape) else None
@@ -381,15 +386,13 @@ def _read_hop_weights(
             f"Received: hop_weights of shape {tuple(weights.shape)}"
         )
     options.check_defaults("`hop_weights` takes its place", "alpha")
-    default = Options().lens_strength
-    strength = arguments.get("lens_strength", default)
-    if not (isinstance(strength, float) and strength == default):
+    if not (isinstance(strength, float) and strength == Options.lens_strength):
         raise ValueError(
             "`lens_strength` must be left at its default: `hop_weights` takes its place. "
             f"Received: lens_strength={strength!r}"
         )
     steps = last - 1
-    if options.steps not in (steps, Options().steps):
+    if options.steps not in (steps, Options.steps):
         raise ValueError(
             "`steps` must be left out with `hop_weights`, or be one less than their number. "
             f"Received: steps={options.steps}, hop_weights of shape {tuple(weights.shape)}"
@@ -404,7 +407,7 @@ def _read_hop_weights(
             "reciprocal mix needs the same for all. "
             f"Received: reciprocal_beta={options.reciprocal_beta}"
         )
-    return options.replace(steps=steps)
+    return {"steps": steps}
 
 
 def _read_seed(seed: Any) -> Any:

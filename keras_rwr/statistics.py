@@ -12,7 +12,8 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rwr import _reference
-from keras_rwr._attend import Heads, Inputs
+from keras_rwr._attend import transition_matrix
+from keras_rwr._heads import Heads, Inputs
 from keras_rwr._tensors import repeat_heads
 from keras_rwr._tokens import Masks
 from keras_rwr.layers import RWRAttention
@@ -167,7 +168,7 @@ def attention_statistics(call: RecordedCall) -> dict[str, float]:
 def _sequence_totals(inputs: Inputs, options: Options, is_causal: bool) -> Totals:
     """What one sequence adds to each statistic: the sum of its values and their number."""
     heads = Heads.create(inputs, options, Call(is_causal))
-    graph = heads.transition(options, Tuning())
+    graph = transition_matrix(heads, options, Tuning())
     heads = dataclasses.replace(heads, graph=graph)
     size, number = graph.tiling.size, heads.query.shape[1]
     real = heads.tokens.real[..., 0]  # (1, 1, S)

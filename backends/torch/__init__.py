@@ -57,15 +57,16 @@ def supports_stages(spec):
 
 
 def stages():
-    """The stages that have a kernel, by name."""
-    from keras_rwr.backends.torch import local, select, walk
+    """The stages by name, see `keras_rwr._dispatch.Stages`."""
+    from keras_rwr.backends.torch import local, select, vectors, walk, weigh
 
     return {
-        "best_blocks": select.best_blocks,
-        "far_dot": walk.far_dot,
+        "contain": vectors.contain,
+        "unit": vectors.unit,
+        "select": select.select,
+        "weigh": weigh.weigh,
+        "walk": walk.walk,
         "attend_locally": local.attend_locally,
-        "make_matmul": walk.make_matmul,
-        "keep_half": True,
     }
 
 

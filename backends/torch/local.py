@@ -9,70 +9,146 @@ import triton
 import triton.language as tl
 
 from keras_rwr._tensors import repeat_heads
-from keras_rwr._tokens import PADDING
-from keras_rwr.backends.torch.operators import refuse_second_derivative
-from keras_rwr.backends.torch.plan import seed_words
+from keras_rwr.backends.torch.operators import define, refuse_second_derivative
+from keras_rwr.backends.torch.plan import ceil_div, next_power_of_2, seed_words
 from keras_rwr.backends.torch.run import run
-from keras_rwr.backends.torch.tiles import LOG2E, NEVER, keep_pairs, load_rows, store_rows
+from keras_rwr.backends.torch.tiles import (
+    LOG2E,
+    NEVER,
+    PADDING,
+    keep_pairs,
+    load_end,
+    load_labels,
+    load_rows,
+    of_head,
+    store_rows,
+    visible_pairs,
+)
+from keras_rwr.backends.torch.vectors import token_major
 
-_PADDING = tl.constexpr(PADDING)
 _ROWS, _WARPS = 64, 4
 
 
-@torch.compiler.disable
 def attend_locally(
     query, key, value, tokens, window, bias=None, dropout=0.0, seed=None, block_size=None
 ):
     """See `keras_rwr._local.attend_locally`; `block_size` is not of these kernels."""
-    query, key, value = (x.contiguous() for x in (query, key, value))
-    bias = None if bias is None else repeat_heads(bias, query.shape[1]).contiguous()
+    query, key, value = (token_major(x) for x in (query, key, value))
+    if bias is not None:
+        bias = repeat_heads(bias, query.shape[2])[..., 0].contiguous()
     dropout = 0.0 if seed is None else dropout
-    words = seed_words(seed, query.device) if dropout > 0.0 else None
-    labels = tokens.labels.contiguous()
-    return _Local.apply(query, key, value, bias, labels, words, window, tokens.is_causal, dropout)
+    output = _Local.apply(
+        query,
+        key,
+        value,
+        bias,
+        token_labels(tokens, query.shape[0]),
+        tokens.ends,
+        seed_words(seed, query.device) if dropout > 0.0 else None,
+        window,
+        tokens.is_causal,
+        dropout,
+    )
+    return output.transpose(1, 2)
+
+
+def token_labels(tokens, batch):
+    """Labels as an int32 tensor `(B, S)`, `None` where all are the same."""
+    if not (tokens.has_padding or tokens.has_segments):
+        return None
+    return tokens.labels[:, 0, :, 0].expand(batch, -1).contiguous()
 
 
 class _Local(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, bias, labels, seed, window, is_causal, dropout):
-        batch, heads, size, _ = query.shape
-        output = query.new_empty((batch, heads, size, value.shape[-1]))
-        lse = torch.empty((batch, heads, size), dtype=torch.float32, device=query.device)
-        numbers, constants = _settings(query, key, value, labels, window, is_causal, dropout)
-        tensors = (query, key, value, bias, labels, seed, output, lse)
-        grid = (triton.cdiv(size, _ROWS), batch * heads)
-        run(_forward, grid, *tensors, *numbers, **constants)
-        ctx.save_for_backward(query, key, value, bias, labels, seed, output, lse)
-        ctx.settings = numbers, constants
+    def forward(ctx, query, key, value, bias, labels, ends, seed, *options):
+        output, lse = _local(query, key, value, bias, labels, ends, seed, *options)
+        ctx.save_for_backward(query, key, value, bias, labels, ends, seed, output, lse)
+        ctx.options = options
         return output
 
     @staticmethod
     def backward(ctx, cotangent):
         refuse_second_derivative()
-        query, key, value, bias, labels, seed, output, lse = ctx.saved_tensors
-        cotangent = cotangent.contiguous()
-        delta = (cotangent.float() * output.float()).sum(-1)  # (B, N, S)
-        gradients = [torch.empty_like(x) for x in (query, key, value)]
-        bias_gradient = None if bias is None else torch.empty_like(bias)
-        tiles = triton.cdiv(query.shape[2], _ROWS)
-        tensors = (query, key, value, bias, labels, seed, cotangent, lse, delta)
-        numbers, constants = ctx.settings
-        grid = (tiles, query.shape[0] * query.shape[1])
-        run(_query_gradients, grid, *tensors, gradients[0], *numbers, **constants)
-        grid = (tiles, key.shape[0] * key.shape[1])
-        outputs = (*gradients[1:], bias_gradient)
-        run(_key_gradients, grid, *tensors, *outputs, *numbers, **constants)
-        return (*gradients, bias_gradient, *[None] * 5)
+        query, key, value, bias, *others = ctx.saved_tensors
+        gradients = _local_gradients(
+            cotangent.contiguous(), query, key, value, bias, *others, *ctx.options
+        )
+        bias_gradient = None if bias is None else gradients[3]
+        return (*gradients[:3], bias_gradient, *[None] * 6)
 
 
-def _settings(query, key, value, labels, window, is_causal, dropout):
+def _run_local(query, key, value, bias, labels, ends, seed, window, is_causal, dropout):
+    output, lse = _local_outputs(query, key, value)
+    numbers, constants = _settings(query, key, value, window, is_causal, dropout)
+    tensors = (query, key, value, bias, labels, ends, seed, output, lse)
+    run(_forward, _grid(query), *tensors, *numbers, **constants)
+    return output, lse
+
+
+def _local_outputs(query, key, value, *others):
+    batch, size, heads, _ = query.shape
+    output = query.new_empty((batch, size, heads, value.shape[-1]))
+    return output, query.new_empty((batch, heads, size), dtype=torch.float32)
+
+
+def _run_local_gradients(
+    cotangent,
+    query,
+    key,
+    value,
+    bias,
+    labels,
+    ends,
+    seed,
+    output,
+    lse,
+    window,
+    is_causal,
+    dropout,
+):
+    gradients = _local_gradient_outputs(cotangent, query, key, value, bias)
+    delta = torch.empty_like(lse)
+    numbers, constants = _settings(query, key, value, window, is_causal, dropout)
+    tensors = (query, key, value, bias, labels, ends, seed, cotangent, lse, delta)
+    run(_query_gradients, _grid(query), *tensors, output, gradients[0], *numbers, **constants)
+    outputs = (*gradients[1:3], None if bias is None else gradients[3])
+    run(_key_gradients, _grid(key), *tensors, *outputs, *numbers, **constants)
+    return gradients
+
+
+def _local_gradient_outputs(cotangent, query, key, value, bias, *others):
+    gradients = [torch.empty_like(x) for x in (query, key, value)]
+    return (*gradients, query.new_empty((0,)) if bias is None else torch.empty_like(bias))
+
+
+_local = define(
+    "local(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? labels, Tensor? ends, "
+    "Tensor? seed, int window, bool is_causal, float dropout) -> (Tensor, Tensor)",
+    _run_local,
+    _local_outputs,
+)
+_local_gradients = define(
+    "local_gradients(Tensor cotangent, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+    "Tensor? labels, Tensor? ends, Tensor? seed, Tensor output, Tensor lse, int window, "
+    "bool is_causal, float dropout) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_local_gradients,
+    _local_gradient_outputs,
+)
+
+
+def _grid(x):
+    return ceil_div(x.shape[1], _ROWS), x.shape[2], x.shape[0]
+
+
+def _settings(query, key, value, window, is_causal, dropout):
     """What all kernels take behind their tensors: numbers, and constants by name."""
     head_size, value_size = query.shape[-1], value.shape[-1]
+    largest = max(head_size, value_size) * query.itemsize  # bytes of a row
     numbers = (
-        query.shape[2],
         query.shape[1],
-        key.shape[1],
-        query.shape[2] if labels.shape[0] > 1 else 0,
+        query.shape[2],
+        key.shape[2],
         head_size**-0.5 * LOG2E.value,
         1.0 / (1.0 - dropout),
     )
@@ -81,29 +157,12 @@ def _settings(query, key, value, labels, window, is_causal, dropout):
         "CAUSAL": is_causal,
         "DROPPED": int(dropout * 2**31),
         "HEAD_SIZE": head_size,
-        "HEAD": max(triton.next_power_of_2(head_size), 16),
+        "HEAD": max(next_power_of_2(head_size), 16),
         "VALUE_SIZE": value_size,
-        "VALUE": max(triton.next_power_of_2(value_size), 16),
+        "VALUE": max(next_power_of_2(value_size), 16),
         "ROWS": _ROWS,
-        "num_warps": _WARPS if max(head_size, value_size) <= 64 else 2 * _WARPS,
+        "num_warps": _WARPS if largest <= 128 else 2 * _WARPS,
     }
-
-
-@triton.jit
-def _visible(rows, columns, row_labels, column_labels, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
-    """Pairs within the window that may see each other."""
-    ahead = columns[None, :] - rows[:, None]
-    near = ahead >= -WINDOW
-    near = near & (ahead <= (0 if CAUSAL else WINDOW))
-    return (
-        near & (row_labels[:, None] == column_labels[None, :]) & (row_labels != _PADDING)[:, None]
-    )
-
-
-@triton.jit
-def _load_labels(label_ptr, entry, label_stride, positions, size):
-    inside = (positions >= 0) & (positions < size)
-    return tl.load(label_ptr + entry * label_stride + positions, mask=inside, other=_PADDING)
 
 
 @triton.jit
@@ -129,13 +188,13 @@ def _forward(
     value_ptr,
     bias_ptr,
     label_ptr,
+    end_ptr,
     seed_ptr,
     output_ptr,
     lse_ptr,
     size,
     heads,
     key_heads,
-    label_stride,
     logit_scale,
     kept_scale,
     WINDOW: tl.constexpr,
@@ -147,15 +206,18 @@ def _forward(
     VALUE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    entry = head // heads
-    group = (entry * key_heads + head % heads // (heads // key_heads)).to(tl.int64) * size
-    begin = head.to(tl.int64) * size
+    head, entry = tl.program_id(1), tl.program_id(2)
+    group = head // (heads // key_heads)
+    begin = (entry.to(tl.int64) * heads + head) * size
+    end = load_end(end_ptr, entry, size)
     first_row = tl.program_id(0) * ROWS
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < size
-    labels = _load_labels(label_ptr, entry, label_stride, rows, size)
-    query = load_rows(query_ptr + begin * HEAD_SIZE, rows, HEAD_SIZE, inside, HEAD_SIZE, HEAD)
+    labels = load_labels(label_ptr, entry, size, rows, size)
+    query_ptr = of_head(query_ptr, entry, size, heads, head, HEAD_SIZE)
+    key_ptr = of_head(key_ptr, entry, size, key_heads, group, HEAD_SIZE)
+    value_ptr = of_head(value_ptr, entry, size, key_heads, group, VALUE_SIZE)
+    query = load_rows(query_ptr, rows, heads * HEAD_SIZE, inside, HEAD_SIZE, HEAD)
     peak = tl.full((ROWS,), NEVER, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, VALUE), tl.float32)
@@ -163,27 +225,40 @@ def _forward(
     high = tl.minimum(first_row + ROWS + (0 if CAUSAL else WINDOW), size)
     for column in range(low, high, ROWS):
         columns = column + tl.arange(0, ROWS)
-        present = columns < size
-        others = _load_labels(label_ptr, entry, label_stride, columns, size)
-        near = _visible(rows, columns, labels, others, WINDOW, CAUSAL)
-        key = load_rows(key_ptr + group * HEAD_SIZE, columns, HEAD_SIZE, present, HEAD_SIZE, HEAD)
-        value = load_rows(
-            value_ptr + group * VALUE_SIZE, columns, VALUE_SIZE, present, VALUE_SIZE, VALUE
+        others = load_labels(label_ptr, entry, size, columns, end)
+        near = visible_pairs(
+            rows, columns, labels, others, label_ptr is not None, WINDOW, CAUSAL, False
         )
+        present = others != PADDING
+        key = load_rows(key_ptr, columns, key_heads * HEAD_SIZE, present, HEAD_SIZE, HEAD)
+        value = load_rows(value_ptr, columns, key_heads * VALUE_SIZE, present, VALUE_SIZE, VALUE)
         logits = _logits(query, key, bias_ptr, begin, columns, present, logit_scale, near)
         highest = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.where(near, tl.exp2(logits - highest[:, None]), 0.0)
         shrink = tl.exp2(peak - highest)
         total = total * shrink + tl.sum(weights, 1)
         if DROPPED > 0:
-            keep = keep_pairs(seed_ptr, head, heads, rows[:, None], columns[None, :], DROPPED)
+            keep = keep_pairs(
+                seed_ptr, entry * heads + head, heads, rows[:, None], columns[None, :], DROPPED
+            )
             weights = tl.where(keep, weights * kept_scale, 0.0)
         product = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         output = output * shrink[:, None] + product
         peak = highest
     total = tl.where(total > 0, total, 1.0)
     output /= total[:, None]
-    store_rows(output_ptr + begin * VALUE_SIZE, rows, VALUE_SIZE, inside, output, VALUE_SIZE, VALUE)
+    if end_ptr is not None:
+        # Rows are loaded once more, some features at a time: registers are scarce here.
+        broken = rows >= end
+        for first in range(0, HEAD_SIZE, 16):
+            own_query = load_rows(query_ptr, rows, heads * HEAD_SIZE, inside, HEAD_SIZE, 16, first)
+            own_key = load_rows(key_ptr, rows, key_heads * HEAD_SIZE, inside, HEAD_SIZE, 16, first)
+            nothing = (own_query - own_query) + (own_key - own_key)
+            broken = broken | (tl.max((nothing != 0).to(tl.int32), 1) > 0)
+        broken = broken & (labels != PADDING)
+        output = tl.where(broken[:, None], float("nan"), output)
+    output_ptr = of_head(output_ptr, entry, size, heads, head, VALUE_SIZE)
+    store_rows(output_ptr, rows, heads * VALUE_SIZE, inside, output, VALUE_SIZE, VALUE)
     tl.store(lse_ptr + begin + rows, peak + tl.log2(total), mask=inside)
 
 
@@ -194,15 +269,16 @@ def _query_gradients(
     value_ptr,
     bias_ptr,
     label_ptr,
+    end_ptr,
     seed_ptr,
     cotangent_ptr,
     lse_ptr,
     delta_ptr,
+    output_ptr,
     gradient_ptr,
     size,
     heads,
     key_heads,
-    label_stride,
     logit_scale,
     kept_scale,
     WINDOW: tl.constexpr,
@@ -214,41 +290,50 @@ def _query_gradients(
     VALUE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    entry = head // heads
-    group = (entry * key_heads + head % heads // (heads // key_heads)).to(tl.int64) * size
-    begin = head.to(tl.int64) * size
+    """Gradients of queries, and `delta_i = cotangent_i . output_i` for those of keys."""
+    head, entry = tl.program_id(1), tl.program_id(2)
+    group = head // (heads // key_heads)
+    begin = (entry.to(tl.int64) * heads + head) * size
+    end = load_end(end_ptr, entry, size)
     first_row = tl.program_id(0) * ROWS
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < size
-    labels = _load_labels(label_ptr, entry, label_stride, rows, size)
-    query = load_rows(query_ptr + begin * HEAD_SIZE, rows, HEAD_SIZE, inside, HEAD_SIZE, HEAD)
-    cotangent = load_rows(
-        cotangent_ptr + begin * VALUE_SIZE, rows, VALUE_SIZE, inside, VALUE_SIZE, VALUE
-    )
+    labels = load_labels(label_ptr, entry, size, rows, size)
+    query_ptr = of_head(query_ptr, entry, size, heads, head, HEAD_SIZE)
+    key_ptr = of_head(key_ptr, entry, size, key_heads, group, HEAD_SIZE)
+    value_ptr = of_head(value_ptr, entry, size, key_heads, group, VALUE_SIZE)
+    cotangent_ptr = of_head(cotangent_ptr, entry, size, heads, head, VALUE_SIZE)
+    output_ptr = of_head(output_ptr, entry, size, heads, head, VALUE_SIZE)
+    query = load_rows(query_ptr, rows, heads * HEAD_SIZE, inside, HEAD_SIZE, HEAD)
+    cotangent = load_rows(cotangent_ptr, rows, heads * VALUE_SIZE, inside, VALUE_SIZE, VALUE)
+    output = load_rows(output_ptr, rows, heads * VALUE_SIZE, inside, VALUE_SIZE, VALUE)
+    delta = tl.sum(cotangent.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(delta_ptr + begin + rows, delta, mask=inside)
     lse = tl.load(lse_ptr + begin + rows, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + begin + rows, mask=inside, other=0.0)
     gradient = tl.zeros((ROWS, HEAD), tl.float32)
     low = tl.maximum(first_row - WINDOW, 0) // ROWS * ROWS
     high = tl.minimum(first_row + ROWS + (0 if CAUSAL else WINDOW), size)
     for column in range(low, high, ROWS):
         columns = column + tl.arange(0, ROWS)
-        present = columns < size
-        others = _load_labels(label_ptr, entry, label_stride, columns, size)
-        near = _visible(rows, columns, labels, others, WINDOW, CAUSAL)
-        key = load_rows(key_ptr + group * HEAD_SIZE, columns, HEAD_SIZE, present, HEAD_SIZE, HEAD)
-        value = load_rows(
-            value_ptr + group * VALUE_SIZE, columns, VALUE_SIZE, present, VALUE_SIZE, VALUE
+        others = load_labels(label_ptr, entry, size, columns, end)
+        near = visible_pairs(
+            rows, columns, labels, others, label_ptr is not None, WINDOW, CAUSAL, False
         )
+        present = others != PADDING
+        key = load_rows(key_ptr, columns, key_heads * HEAD_SIZE, present, HEAD_SIZE, HEAD)
+        value = load_rows(value_ptr, columns, key_heads * VALUE_SIZE, present, VALUE_SIZE, VALUE)
         logits = _logits(query, key, bias_ptr, begin, columns, present, logit_scale, near)
         weights = _probabilities(logits, lse)
         change = tl.dot(cotangent, tl.trans(value), input_precision="ieee")
         if DROPPED > 0:
-            keep = keep_pairs(seed_ptr, head, heads, rows[:, None], columns[None, :], DROPPED)
+            keep = keep_pairs(
+                seed_ptr, entry * heads + head, heads, rows[:, None], columns[None, :], DROPPED
+            )
             change = tl.where(keep, change * kept_scale, 0.0)
         edge = weights * (change - delta[:, None]) * (logit_scale / LOG2E)
         gradient += tl.dot(edge.to(key.dtype), key, input_precision="ieee")
-    store_rows(gradient_ptr + begin * HEAD_SIZE, rows, HEAD_SIZE, inside, gradient, HEAD_SIZE, HEAD)
+    gradient_ptr = of_head(gradient_ptr, entry, size, heads, head, HEAD_SIZE)
+    store_rows(gradient_ptr, rows, heads * HEAD_SIZE, inside, gradient, HEAD_SIZE, HEAD)
 
 
 @triton.jit
@@ -258,6 +343,7 @@ def _key_gradients(
     value_ptr,
     bias_ptr,
     label_ptr,
+    end_ptr,
     seed_ptr,
     cotangent_ptr,
     lse_ptr,
@@ -268,7 +354,6 @@ def _key_gradients(
     size,
     heads,
     key_heads,
-    label_stride,
     logit_scale,
     kept_scale,
     WINDOW: tl.constexpr,
@@ -281,16 +366,18 @@ def _key_gradients(
     ROWS: tl.constexpr,
 ):
     """Gradients of keys, values and their bias: a tile of keys, and the queries that see it."""
-    key_head = tl.program_id(1)
-    entry = key_head // key_heads
+    group, entry = tl.program_id(1), tl.program_id(2)
     shared = heads // key_heads
-    group = key_head.to(tl.int64) * size
+    end = load_end(end_ptr, entry, size)
     first_key = tl.program_id(0) * ROWS
     keys = first_key + tl.arange(0, ROWS)
     inside = keys < size
-    labels = _load_labels(label_ptr, entry, label_stride, keys, size)
-    key = load_rows(key_ptr + group * HEAD_SIZE, keys, HEAD_SIZE, inside, HEAD_SIZE, HEAD)
-    value = load_rows(value_ptr + group * VALUE_SIZE, keys, VALUE_SIZE, inside, VALUE_SIZE, VALUE)
+    labels = load_labels(label_ptr, entry, size, keys, end)
+    key_ptr = of_head(key_ptr, entry, size, key_heads, group, HEAD_SIZE)
+    value_ptr = of_head(value_ptr, entry, size, key_heads, group, VALUE_SIZE)
+    seen = labels != PADDING
+    key = load_rows(key_ptr, keys, key_heads * HEAD_SIZE, seen, HEAD_SIZE, HEAD)
+    value = load_rows(value_ptr, keys, key_heads * VALUE_SIZE, seen, VALUE_SIZE, VALUE)
     key_gradient = tl.zeros((ROWS, HEAD), tl.float32)
     value_gradient = tl.zeros((ROWS, VALUE), tl.float32)
     low = first_key
@@ -298,47 +385,49 @@ def _key_gradients(
         low = tl.maximum(first_key - WINDOW, 0) // ROWS * ROWS
     high = tl.minimum(first_key + ROWS + WINDOW, size)
     for member in range(shared):
-        head = entry * heads + key_head % key_heads * shared + member
-        begin = head.to(tl.int64) * size
+        head = group * shared + member
+        begin = (entry.to(tl.int64) * heads + head) * size
+        query_of_head = of_head(query_ptr, entry, size, heads, head, HEAD_SIZE)
+        cotangent_of_head = of_head(cotangent_ptr, entry, size, heads, head, VALUE_SIZE)
+        bias = tl.zeros((ROWS,), tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + begin + keys, mask=inside, other=0.0).to(tl.float32) * LOG2E
         bias_gradient = tl.zeros((ROWS,), tl.float32)
         for row in range(low, high, ROWS):
             rows = row + tl.arange(0, ROWS)
+            others = load_labels(label_ptr, entry, size, rows, size)
             present = rows < size
-            others = _load_labels(label_ptr, entry, label_stride, rows, size)
-            near = _visible(rows, keys, others, labels, WINDOW, CAUSAL)
-            query = load_rows(
-                query_ptr + begin * HEAD_SIZE, rows, HEAD_SIZE, present, HEAD_SIZE, HEAD
-            )
+            query = load_rows(query_of_head, rows, heads * HEAD_SIZE, present, HEAD_SIZE, HEAD)
             cotangent = load_rows(
-                cotangent_ptr + begin * VALUE_SIZE, rows, VALUE_SIZE, present, VALUE_SIZE, VALUE
+                cotangent_of_head, rows, heads * VALUE_SIZE, present, VALUE_SIZE, VALUE
             )
             lse = tl.load(lse_ptr + begin + rows, mask=present, other=0.0)
             delta = tl.load(delta_ptr + begin + rows, mask=present, other=0.0)
-            logits = _logits(query, key, bias_ptr, begin, keys, inside, logit_scale, near)
-            weights = _probabilities(logits, lse)
-            change = tl.dot(cotangent, tl.trans(value), input_precision="ieee")
+            # Keys are rows here, queries columns.
+            near = visible_pairs(
+                keys, rows, labels, others, label_ptr is not None, WINDOW, CAUSAL, True
+            )
+            logits = tl.dot(key, tl.trans(query), input_precision="ieee") * logit_scale
+            logits += bias[:, None] - lse[None, :]
+            weights = tl.exp2(tl.where(near, logits, NEVER))
+            change = tl.dot(value, tl.trans(cotangent), input_precision="ieee")
             passed = weights
             if DROPPED > 0:
-                keep = keep_pairs(seed_ptr, head, heads, rows[:, None], keys[None, :], DROPPED)
+                keep = keep_pairs(
+                    seed_ptr, entry * heads + head, heads, rows[None, :], keys[:, None], DROPPED
+                )
                 change = tl.where(keep, change * kept_scale, 0.0)
                 passed = tl.where(keep, weights * kept_scale, 0.0)
-            passed = tl.trans(passed).to(cotangent.dtype)
-            value_gradient += tl.dot(passed, cotangent, input_precision="ieee")
-            edge = weights * (change - delta[:, None])
-            bias_gradient += tl.sum(edge, 0)
-            edge = tl.trans(edge * (logit_scale / LOG2E)).to(query.dtype)
+            value_gradient += tl.dot(passed.to(cotangent.dtype), cotangent, input_precision="ieee")
+            edge = weights * (change - delta[None, :])
+            bias_gradient += tl.sum(edge, 1)
+            edge = (edge * (logit_scale / LOG2E)).to(query.dtype)
             key_gradient += tl.dot(edge, query, input_precision="ieee")
         if bias_ptr is not None:
             tl.store(bias_gradient_ptr + begin + keys, bias_gradient, mask=inside)
+    key_gradient_ptr = of_head(key_gradient_ptr, entry, size, key_heads, group, HEAD_SIZE)
+    value_gradient_ptr = of_head(value_gradient_ptr, entry, size, key_heads, group, VALUE_SIZE)
+    store_rows(key_gradient_ptr, keys, key_heads * HEAD_SIZE, inside, key_gradient, HEAD_SIZE, HEAD)
     store_rows(
-        key_gradient_ptr + group * HEAD_SIZE, keys, HEAD_SIZE, inside, key_gradient, HEAD_SIZE, HEAD
-    )
-    store_rows(
-        value_gradient_ptr + group * VALUE_SIZE,
-        keys,
-        VALUE_SIZE,
-        inside,
-        value_gradient,
-        VALUE_SIZE,
-        VALUE,
+        value_gradient_ptr, keys, key_heads * VALUE_SIZE, inside, value_gradient, VALUE_SIZE, VALUE
     )

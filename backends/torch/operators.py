@@ -28,6 +28,29 @@ def _tensors(count):
 
 
 _library = torch.library.Library("keras_rwr", "DEF")
+
+
+def define(schema, run, make_outputs):
+    """Makes an operator of torch, which compilers and `torch.func` take as it is.
+
+    Args:
+        schema: String, the operator's name, arguments and results, as torch writes them.
+        run: Function that computes the results of tensors on one device, by `run.run`.
+        make_outputs: Function of the same arguments that returns tensors of the results' shapes
+            and dtypes, whatever they hold.
+
+    Returns:
+        The operator.
+    """
+
+    name, run = schema.split("(")[0], torch.compiler.disable(run)
+    _library.define(schema)
+    _library.impl(name, run, "CUDA")
+    _library.impl(name, run, "CPU")
+    torch.library.register_fake(f"keras_rwr::{name}", make_outputs, lib=_library)
+    return getattr(torch.ops.keras_rwr, name).default
+
+
 # The fields of `plan.Saved`, the output first; without `keep` the others are of no use.
 _library.define(f"forward({_INPUTS}, bool keep, {_OPTIONS}) -> ({_tensors(10)})")
 # Gradients of query, key, value, bias, concentration and lens strength.

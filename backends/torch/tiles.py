@@ -8,6 +8,9 @@ max(|x|, 1e-6)`, and -1 at padding.
 import triton
 import triton.language as tl
 
+from keras_rwr._tokens import PADDING as _PADDING
+
+PADDING = tl.constexpr(_PADDING)
 LOG2E = tl.constexpr(1.4426950408889634)
 # A logit that no real one reaches.
 NEVER = tl.constexpr(-1e30)
@@ -19,6 +22,33 @@ LONGEST_SCALE = tl.constexpr(0.999e6)
 def head_offset(head, heads, batch_stride, head_stride):
     """Where a head's rows begin in a tensor `(B, S, N, H)`."""
     return (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+
+
+@triton.jit
+def of_head(pointer, entry, size, heads, head, FEATURES: tl.constexpr):
+    """Where a head's rows begin in `(B, S, N, F)`; they are `heads * FEATURES` apart."""
+    return pointer + (entry.to(tl.int64) * size * heads + head) * FEATURES
+
+
+@triton.jit
+def load_labels(label_ptr, entry, size, positions, end):
+    """Labels of positions, PADDING from `end` on; 0 where no token has a label."""
+    if label_ptr is None:
+        return tl.where((positions >= 0) & (positions < end), 0, PADDING)
+    else:
+        inside = (positions >= 0) & (positions < end)
+        return tl.load(
+            label_ptr + entry.to(tl.int64) * size + positions, mask=inside, other=PADDING
+        )
+
+
+@triton.jit
+def load_end(end_ptr, entry, size):
+    """Where a sequence ends: at its first token that is not finite, if there are `ends`."""
+    if end_ptr is None:
+        return size
+    else:
+        return tl.minimum(tl.load(end_ptr + entry), size)
 
 
 @triton.jit
@@ -93,6 +123,30 @@ def within_window(rows, columns, WINDOW: tl.constexpr, PAST: tl.constexpr, FUTUR
         return (ahead <= 0) & (ahead >= -WINDOW)
     else:
         return (ahead >= 0) & (ahead <= WINDOW)
+
+
+@triton.jit
+def visible_pairs(
+    rows,
+    columns,
+    row_labels,
+    column_labels,
+    LABELLED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """Pairs within the window that may see each other; queries are rows, or keys are.
+
+    Without LABELLED labels only tell what is PADDING.
+    """
+    ahead = columns[None, :] - rows[:, None]
+    if KEYS_FIRST:
+        ahead = -ahead
+    near = (ahead >= -WINDOW) & (ahead <= (0 if CAUSAL else WINDOW))
+    if LABELLED:
+        near = near & (row_labels[:, None] == column_labels[None, :])
+    return near & (row_labels != PADDING)[:, None] & (column_labels != PADDING)[None, :]
 
 
 @triton.jit

@@ -1,417 +1,563 @@
-"""A step of the walk: a sparse matrix, of a band and far edges, times the states of all heads.
+"""The walk, forward and backward: a sparse product a step, its last one with the sum at its end.
 
-The matrix is `keras_rwr._sparse.SparseMatrix`; the heads that share a graph stand side by side in
-the columns of a state. What flows against far edges goes by lists: the far edges that lead to each
-key block, in one order, so that the same inputs give the same bits.
+    Z^t = P Z^(t-1),    y = LOCAL + sum_t theta_t Z^t
+    G^T = theta_T dy,    G^(t-1) = theta_(t-1) dy + P^T G^t
+    dP_ij = sum_t G^t_i . Z^(t-1)_j,    dtheta_t = dy . Z^t,    dV = G^0
+
+Each row of P has the sum 1, so that a number added to a row of dP changes no gradient: from dP_ij
+the kernels take away that of i itself, which leaves more digits to half precision.
+
+Values and states are `(B, S, M, V)`, outputs `(B, S, N, V)`; N / M query heads share a state.
 """
 
-import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from keras_rwr.backends.torch.operators import refuse_second_derivative
+from keras_rwr import _walk
+from keras_rwr.backends.torch.local import token_labels
+from keras_rwr.backends.torch.operators import define, refuse_second_derivative
+from keras_rwr.backends.torch.plan import ceil_div
+from keras_rwr.backends.torch.product import (
+    band_constants,
+    band_dot,
+    band_product,
+    far_constants,
+    far_dot,
+    feature_constants,
+    gather_product,
+    list_edges,
+    list_product,
+    make_matmul,
+)
 from keras_rwr.backends.torch.run import run
-from keras_rwr.backends.torch.tiles import load_rows, store_rows
+from keras_rwr.backends.torch.tiles import (
+    PADDING,
+    load_end,
+    load_labels,
+    load_rows,
+    of_head,
+    store_rows,
+)
+from keras_rwr.backends.torch.vectors import blank, token_major
 
-_ENTRIES = 16
-_LARGEST = 128  # features that a program works on
-_WARPS = 4
-
-
-@torch.compiler.disable
-def far_dot(query, neighbors, key, block):
-    """See `keras_rwr._far.far_dot`."""
-    return _FarDot.apply(query, key, _FarEdges(neighbors, block))
-
-
-def make_matmul(graph):
-    """`matmul(matrix, x)` for matrices with the edges of a `SparseGraph`, differentiable."""
-    neighbors, edges = graph.log_weights.neighbors, None
-    if neighbors is not None:
-        edges = _FarEdges(neighbors, graph.log_weights.block)
-
-    @torch.compiler.disable
-    def matmul(matrix, x):
-        tiling = matrix.tiling
-        return _Product.apply(
-            matrix.local, matrix.far, matrix.back, x, edges, tiling.tile, tiling.before
-        )
-
-    return matmul
+# Bytes of a row that a program works on, forward and backward.
+_STEP, _ADJOINT_STEP = 128, 256
 
 
-class _FarDot(torch.autograd.Function):
-    """`query_i . key_j` on far edges."""
+def walk(graph, value, hop_weights, options, local):
+    """See `keras_rwr._walk.walk`."""
+    matrix = graph.transition
+    if matrix.back is not None or options.is_reciprocal:
+        value = blank(value, graph.tokens)
+        output = _walk.walk(graph, value, hop_weights, options, local, make_matmul())
+        return torch.where(graph.tokens.real, output, 0.0)
+    batch, _, size, _ = local.shape
+    far, neighbors = matrix.far, matrix.neighbors
+    output = _Walk.apply(
+        token_major(value),
+        matrix.local.contiguous(),
+        None if far is None else far.contiguous(),
+        _every_row(hop_weights, batch, local.shape[1], size),
+        token_major(local),
+        None if neighbors is None else neighbors.contiguous(),
+        *(matrix.lists or (None, None)),
+        token_labels(graph.tokens, batch),
+        graph.tokens.ends,
+        matrix.tiling.before,
+        matrix.block,
+    )
+    return output.transpose(1, 2)
 
+
+def _every_row(hop_weights, batch, heads, size):
+    """theta as a float32 view `(B, S, N, T + 1)`."""
+    steps = hop_weights.shape[-1]
+    return hop_weights.float().expand(batch, heads, size, steps).transpose(1, 2)
+
+
+class _Walk(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, edges):
-        query, key = query.contiguous(), key.contiguous()
-        ctx.save_for_backward(query, key)
-        ctx.edges = edges
-        return edges.products(query, key)
+    def forward(
+        ctx, value, band, far, theta, local, neighbors, edges, starts, labels, ends, before, block
+    ):
+        output, states = _steps(
+            value, band, far, theta, local, neighbors, labels, ends, before, block
+        )
+        ctx.save_for_backward(value, band, far, theta, neighbors, edges, starts, labels, states)
+        ctx.options = before, block
+        return output
 
     @staticmethod
     def backward(ctx, cotangent):
         refuse_second_derivative()
-        query, key = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         cotangent = cotangent.contiguous()
-        key_gradient = torch.zeros_like(key)
-        ctx.edges.collect(cotangent, query, key_gradient)
-        return ctx.edges.spread(cotangent, key), key_gradient, None
-
-
-class _Product(torch.autograd.Function):
-    """`band x + far x + back^T x`, see `SparseMatrix.matmul`."""
-
-    @staticmethod
-    def forward(ctx, local, far, back, x, edges, tile, before):
-        local, x = local.contiguous(), x.contiguous()
-        far, back = (None if y is None else y.contiguous() for y in (far, back))
-        band = _Band(local, tile, before)
-        output = band.multiply(x, edges, far)
-        if back is not None:
-            edges.collect(back, x, output)
-        ctx.save_for_backward(far, back, x)
-        ctx.band, ctx.edges = band, edges
-        return output
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        refuse_second_derivative()
-        far, back, x = ctx.saved_tensors
-        cotangent, edges = cotangent.contiguous(), ctx.edges
-        gradient = ctx.band.multiply(cotangent, edges, back, transposed=True)
-        if far is not None:
-            edges.collect(far, cotangent, gradient)
+        value_gradient, band_gradient, far_gradient, theta_gradient = _adjoint_steps(
+            cotangent, *tensors, *ctx.options
+        )
         return (
-            ctx.band.products(cotangent, x),
-            None if far is None else edges.products(cotangent, x),
-            None if back is None else edges.products(x, cotangent),
-            gradient,
-            *[None] * 3,
+            value_gradient,
+            band_gradient,
+            None if tensors[2] is None else far_gradient,
+            theta_gradient,
+            cotangent,
+            *[None] * 7,
         )
 
 
-class _FarEdges:
-    """Each query's edges to the tokens of its key blocks, and what kernels do along them.
-
-    Their weights have the shape `(B, G, S, slots * block)`, and features `(B, G, S, F)`.
-    """
-
-    def __init__(self, neighbors, block):
-        self.neighbors, self.block = neighbors.contiguous(), block
-        self.graphs, self.size = neighbors.shape[0] * neighbors.shape[1], neighbors.shape[2]
-        self.constants = {"SLOTS": neighbors.shape[3], "BLOCK": block}
-
-    @functools.cached_property
-    def lists(self):
-        """The edges to each key block, `(graph * S + query) * slots + slot`; where lists begin."""
-        blocks = triton.cdiv(self.size, self.block)
-        lists = self.graphs * blocks
-        first = torch.arange(0, lists, blocks, device=self.neighbors.device)
-        targets = self.neighbors.reshape(self.graphs, -1) + first[:, None]
-        targets = torch.where(self.neighbors.reshape(targets.shape) >= 0, targets, lists)
-        targets, edges = torch.sort(targets.flatten(), stable=True)
-        starts = torch.searchsorted(targets, torch.arange(lists + 1, device=targets.device))
-        return edges.to(torch.int32), starts.to(torch.int32)
-
-    def spread(self, far, x):
-        """`sum_k far_ik x_key(i, k)`."""
-        output, features = torch.empty_like(x), x.shape[-1]
-        columns, rows = _columns(features), 16
-        grid = (triton.cdiv(self.size, rows), triton.cdiv(features, columns), self.graphs)
+def _run_steps(value, band, far, theta, local, neighbors, labels, ends, before, block):
+    output, states = _steps_outputs(value, band, far, theta, local)
+    steps = theta.shape[3] - 1
+    batch, size, heads, _ = value.shape
+    wide, constants = _constants(_STEP, value, band, neighbors, local.shape[2], before, block)
+    x = value
+    for t in range(1, steps + 1):
+        last = t == steps
         run(
-            _multiply,
-            grid,
-            None,
+            _step,
+            (band.shape[2], heads // wide, batch),
+            band,
             far,
-            self.neighbors,
+            neighbors,
             x,
-            output,
-            self.size,
-            TILE=rows,
-            SPANS=0,
-            BEFORE=0,
-            ROWS=rows,
-            **self.constants,
-            FEATURES=features,
-            COLUMNS=columns,
-            TRANSPOSED=False,
-            num_warps=_WARPS,
-        )
-        return output
-
-    def collect(self, far, x, output):
-        """Adds `far_ik x_i` to key(i, k) in `output`."""
-        features, columns = x.shape[-1], _columns(x.shape[-1])
-        blocks = triton.cdiv(self.size, self.block)
-        run(
-            _collect,
-            (blocks, triton.cdiv(features, columns), self.graphs),
-            far,
-            *self.lists,
-            x,
-            output,
-            self.size,
-            **self.constants,
-            KEYS=max(triton.next_power_of_2(self.block), 16),
-            FEATURES=features,
-            COLUMNS=columns,
-            ENTRIES=_ENTRIES,
-            num_warps=2,
-        )
-
-    def products(self, rows, columns):
-        """`rows_i . columns_key(i, k)`, in float32."""
-        shape = (*self.neighbors.shape[:3], self.neighbors.shape[3] * self.block)
-        output = torch.empty(shape, dtype=torch.float32, device=rows.device)
-        features, tile = rows.shape[-1], 16
-        run(
-            _far_products,
-            (triton.cdiv(self.size, tile), self.graphs),
-            rows,
-            columns,
-            self.neighbors,
-            output,
-            self.size,
-            **self.constants,
-            FEATURES=features,
-            COLUMNS=_columns(features),
-            ROWS=tile,
-            num_warps=_WARPS,
-        )
-        return output
-
-
-class _Band:
-    """Entries within the window, by tiles, `(B, G, tiles, tile, spans * tile)`."""
-
-    def __init__(self, local, tile, before):
-        self.local = local
-        batch, graphs, self.tiles, _, band = local.shape
-        self.graphs, self.size, self.spans = batch * graphs, self.tiles * tile, band // tile
-        self.constants = {
-            "TILE": tile,
-            "SPANS": self.spans,
-            "BEFORE": before,
-            "ROWS": max(triton.next_power_of_2(tile), 16),
-        }
-
-    def multiply(self, x, edges, far, transposed=False):
-        """The band, or its transpose, and far edges with weights `far`, if any, times x."""
-        output, features = torch.empty_like(x), x.shape[-1]
-        columns = _columns(features)
-        constants = {"SLOTS": 0, "BLOCK": 1} if far is None else edges.constants
-        run(
-            _multiply,
-            (self.tiles, triton.cdiv(features, columns), self.graphs),
-            self.local,
-            far,
-            None if far is None else edges.neighbors,
-            x,
-            output,
-            self.size,
-            **self.constants,
+            labels,
+            ends,
+            states[t - 1],
+            value if last else None,
+            states if last else None,
+            local if last else None,
+            theta if last else None,
+            output if last else None,
+            size,
+            heads // wide,
+            band.shape[1],
+            local.shape[2] // wide,
+            *theta.stride()[:3],
+            STEPS=steps,
             **constants,
-            FEATURES=features,
-            COLUMNS=columns,
-            TRANSPOSED=transposed,
-            num_warps=_WARPS,
         )
-        return output
+        x = states[t - 1]
+    return output, states
 
-    def products(self, rows, columns):
-        """`rows_i . columns_j` on the band."""
-        output, features = torch.empty_like(self.local), rows.shape[-1]
+
+def _constants(width, value, band, neighbors, query_heads, before, block):
+    """How many heads a program works on side by side, and the constants of a step."""
+    _, size, heads, features = value.shape
+    wide = 1
+    if query_heads == heads and features & (features - 1) == 0:
+        wide = math.gcd(max(1, width // (features * value.itemsize)), heads // band.shape[1])
+    return wide, {
+        **band_constants(band, before, size),
+        **far_constants(neighbors, block),
+        **feature_constants(wide * features, value.itemsize),
+        "WIDE": wide,
+    }
+
+
+def _steps_outputs(value, band, far, theta, local, *others):
+    states = value.new_empty((theta.shape[3] - 1, *value.shape))
+    return torch.empty_like(local), states
+
+
+def _run_adjoint_steps(
+    cotangent, value, band, far, theta, neighbors, edges, starts, labels, states, before, block
+):
+    outputs = _adjoint_outputs(cotangent, value, band, far, theta)
+    value_gradient, band_gradient, far_gradient, theta_gradient = outputs
+    steps, heads, graphs = theta.shape[3] - 1, cotangent.shape[2], band.shape[1]
+    batch, size, state_heads, features = value.shape
+    adjoint = torch.empty_like(value)
+    run(
+        _start,
+        (ceil_div(size, 64), state_heads, batch),
+        cotangent,
+        value,
+        states,
+        theta,
+        labels,
+        adjoint,
+        theta_gradient,
+        size,
+        state_heads,
+        heads,
+        *theta.stride()[:3],
+        STEPS=steps,
+        ROWS=64,
+        **feature_constants(features, value.itemsize),
+    )
+    if neighbors is not None and edges is None:
+        edges, starts = list_edges(neighbors, block)
+    wide, constants = _constants(_ADJOINT_STEP, value, band, neighbors, heads, before, block)
+    for t in range(steps, 0, -1):
+        x = value if t == 1 else states[t - 2]
+        band_dot(band_gradient, adjoint, x, before, True, t < steps)
+        if far is not None:
+            dots = far_dot(adjoint, x, neighbors, block, True)
+            far_gradient = dots if t == steps else far_gradient + dots
+        moved = value_gradient if t == 1 else torch.empty_like(value)
         run(
-            _band_products,
-            (self.tiles, self.spans, self.graphs),
-            rows,
-            columns,
-            output,
-            self.size,
-            **self.constants,
-            FEATURES=features,
-            COLUMNS=min(_columns(features), 64),
-            num_warps=_WARPS,
+            _adjoint_step,
+            (band.shape[2], state_heads // wide, batch),
+            band,
+            far,
+            edges,
+            starts,
+            adjoint,
+            cotangent,
+            theta,
+            labels,
+            moved,
+            size,
+            state_heads // wide,
+            graphs,
+            heads // wide,
+            *theta.stride()[:3],
+            t - 1,
+            **constants,
         )
-        return output
+        adjoint = moved
+    return value_gradient, band_gradient, far_gradient, theta_gradient
 
 
-def _columns(features):
-    """Features that a program works on."""
-    return min(max(triton.next_power_of_2(features), 16), _LARGEST)
+def _adjoint_outputs(cotangent, value, band, far, theta, *others):
+    return (
+        torch.empty_like(value),
+        # The sum of several steps is made in float32.
+        torch.empty_like(band, dtype=band.dtype if theta.shape[3] == 2 else torch.float32),
+        value.new_empty((0,) if far is None else far.shape, dtype=torch.float32),
+        value.new_empty(theta.shape, dtype=torch.float32),
+    )
+
+
+_steps = define(
+    "walk(Tensor value, Tensor band, Tensor? far, Tensor theta, Tensor local, Tensor? neighbors, "
+    "Tensor? labels, Tensor? ends, int before, int block) -> (Tensor, Tensor)",
+    _run_steps,
+    _steps_outputs,
+)
+_adjoint_steps = define(
+    "walk_gradients(Tensor cotangent, Tensor value, Tensor band, Tensor? far, Tensor theta, "
+    "Tensor? neighbors, Tensor? edges, Tensor? starts, Tensor? labels, Tensor states, int before, "
+    "int block) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_adjoint_steps,
+    _adjoint_outputs,
+)
 
 
 @triton.jit
-def _load_band(local_ptr, tile, span, TILE: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's entries in one span of its band, `(ROWS, ROWS)`; 0 behind TILE."""
-    lanes = tl.arange(0, ROWS)
-    offset = tile.to(tl.int64) * (TILE * SPANS * TILE) + span * TILE
-    held = (lanes < TILE)[:, None] & (lanes < TILE)[None, :]
-    pointers = local_ptr + offset + lanes[:, None] * (SPANS * TILE) + lanes[None, :]
-    return tl.load(pointers, mask=held, other=0.0)
+def _times_theta(
+    x,
+    theta_ptr,
+    entry,
+    head,
+    rows,
+    inside,
+    batch_stride,
+    row_stride,
+    head_stride,
+    t,
+    WIDE: tl.constexpr,
+):
+    """`theta_t x` of rows of WIDE heads side by side."""
+    heads = head * WIDE + tl.arange(0, WIDE)
+    pointers = theta_ptr + entry.to(tl.int64) * batch_stride + t
+    pointers += rows.to(tl.int64)[:, None] * row_stride + heads[None, :] * head_stride
+    theta = tl.load(pointers, mask=inside[:, None], other=0.0)
+    apart = tl.reshape(x.to(tl.float32), (x.shape[0], WIDE, x.shape[1] // WIDE))
+    return tl.reshape(theta[:, :, None] * apart, x.shape)
 
 
 @triton.jit
-def _multiply(
-    local_ptr,
+def _step(
+    band_ptr,
     far_ptr,
     neighbor_ptr,
     x_ptr,
+    label_ptr,
+    end_ptr,
+    state_ptr,
+    value_ptr,
+    states_ptr,
+    local_ptr,
+    theta_ptr,
     output_ptr,
     size,
+    heads,
+    graphs,
+    query_heads,
+    theta_batch,
+    theta_row,
+    theta_head,
     TILE: tl.constexpr,
     SPANS: tl.constexpr,
     BEFORE: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    WIDE: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    first_feature = tl.program_id(1) * COLUMNS
-    graph = tl.program_id(2)
+    """A tile of the next state; with `output_ptr` also of the output."""
+    tile, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.num_programs(0)
+    graph = entry.to(tl.int64) * graphs + head // (heads // graphs)
     lanes = tl.arange(0, ROWS)
-    x_ptr += graph.to(tl.int64) * size * FEATURES
-    output_ptr += graph.to(tl.int64) * size * FEATURES
     rows = tile * TILE + lanes
     held = (lanes < TILE) & (rows < size)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if SPANS > 0:
-        local_ptr += graph.to(tl.int64) * tiles * (TILE * SPANS * TILE)
-        for span in range(SPANS):
-            shift = BEFORE - span if TRANSPOSED else span - BEFORE
-            other = tile + shift
-            if (other >= 0) & (other < tiles):
-                if TRANSPOSED:
-                    weights = tl.trans(_load_band(local_ptr, other, span, TILE, SPANS, ROWS))
-                else:
-                    weights = _load_band(local_ptr, tile, span, TILE, SPANS, ROWS)
-                x = load_rows(
-                    x_ptr, other * TILE + lanes, FEATURES, held, FEATURES, COLUMNS, first_feature
-                )
-                total += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
+    stride = heads * FEATURES
+    end = load_end(end_ptr, entry, size)
+    x_ptr = of_head(x_ptr, entry, size, heads, head, FEATURES)
+    total = band_product(
+        tl.zeros((ROWS, COLUMNS), tl.float32),
+        band_ptr + graph * tiles * (TILE * SPANS * TILE),
+        x_ptr,
+        label_ptr,
+        entry,
+        tile,
+        tiles,
+        size,
+        end,
+        stride,
+        TILE,
+        SPANS,
+        BEFORE,
+        ROWS,
+        FEATURES,
+        COLUMNS,
+        False,
+    )
     if far_ptr is not None:
-        for slot in range(SLOTS):
-            edge = (graph.to(tl.int64) * size + rows) * SLOTS + slot
-            chosen = tl.load(neighbor_ptr + edge, mask=held, other=-1)
-            for token in range(BLOCK):
-                key = chosen * BLOCK + token
-                present = (chosen >= 0) & (key < size)
-                weight = tl.load(far_ptr + edge * BLOCK + token, mask=held, other=0.0).to(
-                    tl.float32
+        total = gather_product(
+            total,
+            far_ptr + graph * tiles * (TILE * SLOTS * BLOCK),
+            neighbor_ptr + graph * tiles * (TILE * SLOTS),
+            x_ptr,
+            rows,
+            held,
+            end,
+            stride,
+            SLOTS,
+            BLOCK,
+            UNROLLED,
+            FEATURES,
+            COLUMNS,
+        )
+    state_ptr = of_head(state_ptr, entry, size, heads, head, FEATURES)
+    store_rows(state_ptr, rows, stride, held, total, FEATURES, COLUMNS)
+    if output_ptr is not None:
+        real = load_labels(label_ptr, entry, size, rows, size) != PADDING
+        present = held & real & (rows < end)
+        value_ptr = of_head(value_ptr, entry, size, heads, head, FEATURES)
+        states_ptr = of_head(states_ptr, entry, size, heads, head, FEATURES)
+        states_stride = tl.num_programs(2).to(tl.int64) * size * stride
+        shared = query_heads // heads
+        for member in range(shared):
+            query_head = head * shared + member
+            row_of_head = query_heads * FEATURES
+            local_of_head = of_head(local_ptr, entry, size, query_heads, query_head, FEATURES)
+            output = load_rows(local_of_head, rows, row_of_head, held, FEATURES, COLUMNS)
+            output = output.to(tl.float32)
+            for t in tl.static_range(STEPS + 1):
+                if t == 0:
+                    state = load_rows(value_ptr, rows, stride, present, FEATURES, COLUMNS)
+                elif t < STEPS:
+                    state = load_rows(
+                        states_ptr + (t - 1) * states_stride,
+                        rows,
+                        stride,
+                        present,
+                        FEATURES,
+                        COLUMNS,
+                    )
+                else:
+                    state = total
+                output += _times_theta(
+                    state,
+                    theta_ptr,
+                    entry,
+                    query_head,
+                    rows,
+                    held & real,
+                    theta_batch,
+                    theta_row,
+                    theta_head,
+                    t,
+                    WIDE,
                 )
-                x = load_rows(x_ptr, key, FEATURES, present, FEATURES, COLUMNS, first_feature)
-                total += weight[:, None] * x.to(tl.float32)
-    store_rows(output_ptr, rows, FEATURES, held, total, FEATURES, COLUMNS, first_feature)
+            output_of_head = of_head(output_ptr, entry, size, query_heads, query_head, FEATURES)
+            store_rows(output_of_head, rows, row_of_head, held, output, FEATURES, COLUMNS)
 
 
 @triton.jit
-def _collect(
+def _start(
+    cotangent_ptr,
+    value_ptr,
+    states_ptr,
+    theta_ptr,
+    label_ptr,
+    adjoint_ptr,
+    gradient_ptr,
+    size,
+    heads,
+    query_heads,
+    theta_batch,
+    theta_row,
+    theta_head,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """G^T, and the gradient of theta."""
+    tile, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < size
+    real = load_labels(label_ptr, entry, size, rows, size) != PADDING
+    stride = heads * FEATURES
+    value_ptr = of_head(value_ptr, entry, size, heads, head, FEATURES)
+    states_ptr = of_head(states_ptr, entry, size, heads, head, FEATURES)
+    states_stride = tl.num_programs(2).to(tl.int64) * size * stride
+    shared = query_heads // heads
+    adjoint = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for member in range(shared):
+        query_head = head * shared + member
+        cotangent_of_head = of_head(cotangent_ptr, entry, size, query_heads, query_head, FEATURES)
+        cotangent = load_rows(
+            cotangent_of_head, rows, query_heads * FEATURES, real, FEATURES, COLUMNS
+        ).to(tl.float32)
+        for t in tl.static_range(STEPS + 1):
+            if t == 0:
+                state = load_rows(value_ptr, rows, stride, real, FEATURES, COLUMNS)
+            else:
+                state = load_rows(
+                    states_ptr + (t - 1) * states_stride, rows, stride, real, FEATURES, COLUMNS
+                )
+            slope = tl.sum(cotangent * state.to(tl.float32), 1)
+            place = (entry.to(tl.int64) * size + rows) * query_heads + query_head
+            tl.store(gradient_ptr + place * (STEPS + 1) + t, slope, mask=inside)
+        adjoint += _times_theta(
+            cotangent,
+            theta_ptr,
+            entry,
+            query_head,
+            rows,
+            real,
+            theta_batch,
+            theta_row,
+            theta_head,
+            STEPS,
+            1,
+        )
+    adjoint_ptr = of_head(adjoint_ptr, entry, size, heads, head, FEATURES)
+    store_rows(adjoint_ptr, rows, stride, inside, adjoint, FEATURES, COLUMNS)
+
+
+@triton.jit
+def _adjoint_step(
+    band_ptr,
     far_ptr,
     edge_ptr,
     start_ptr,
     x_ptr,
+    cotangent_ptr,
+    theta_ptr,
+    label_ptr,
     output_ptr,
     size,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    block, blocks = tl.program_id(0), tl.num_programs(0)
-    first_feature = tl.program_id(1) * COLUMNS
-    graph = tl.program_id(2)
-    begin = tl.load(start_ptr + graph * blocks + block)
-    end = tl.load(start_ptr + graph * blocks + block + 1)
-    tokens = tl.arange(0, KEYS)
-    total = tl.zeros((KEYS, COLUMNS), tl.float32)
-    for first in range(begin, end, ENTRIES):
-        places = first + tl.arange(0, ENTRIES)
-        listed = places < end
-        edges = tl.load(edge_ptr + places, mask=listed, other=0).to(tl.int64)
-        x = load_rows(x_ptr, edges // SLOTS, FEATURES, listed, FEATURES, COLUMNS, first_feature)
-        pointers = far_ptr + edges[None, :] * BLOCK + tokens[:, None]
-        within = listed[None, :] & (tokens < BLOCK)[:, None]
-        weights = tl.load(pointers, mask=within, other=0.0)
-        total += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
-    if end > begin:
-        keys = block * BLOCK + tokens
-        inside = (tokens < BLOCK) & (keys < size)
-        output_ptr += graph.to(tl.int64) * size * FEATURES
-        before = load_rows(output_ptr, keys, FEATURES, inside, FEATURES, COLUMNS, first_feature)
-        total += before.to(tl.float32)
-        store_rows(output_ptr, keys, FEATURES, inside, total, FEATURES, COLUMNS, first_feature)
-
-
-@triton.jit
-def _band_products(
-    row_ptr,
-    column_ptr,
-    output_ptr,
-    size,
+    heads,
+    graphs,
+    query_heads,
+    theta_batch,
+    theta_row,
+    theta_head,
+    t,
     TILE: tl.constexpr,
     SPANS: tl.constexpr,
     BEFORE: tl.constexpr,
     ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    span = tl.program_id(1)
-    graph = tl.program_id(2)
-    lanes = tl.arange(0, ROWS)
-    held = lanes < TILE
-    other = tile + span - BEFORE
-    row_ptr += graph.to(tl.int64) * size * FEATURES
-    column_ptr += graph.to(tl.int64) * size * FEATURES
-    product = tl.zeros((ROWS, ROWS), tl.float32)
-    if (other >= 0) & (other < tiles):
-        for first in range(0, FEATURES, COLUMNS):
-            rows = load_rows(row_ptr, tile * TILE + lanes, FEATURES, held, FEATURES, COLUMNS, first)
-            columns = load_rows(
-                column_ptr, other * TILE + lanes, FEATURES, held, FEATURES, COLUMNS, first
-            )
-            product += tl.dot(rows, tl.trans(columns), input_precision="ieee")
-    offset = (graph.to(tl.int64) * tiles + tile) * (TILE * SPANS * TILE) + span * TILE
-    pointers = output_ptr + offset + lanes[:, None] * (SPANS * TILE) + lanes[None, :]
-    tl.store(pointers, product, mask=held[:, None] & held[None, :])
-
-
-@triton.jit
-def _far_products(
-    row_ptr,
-    column_ptr,
-    neighbor_ptr,
-    output_ptr,
-    size,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    graph = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < size
-    row_ptr += graph.to(tl.int64) * size * FEATURES
-    column_ptr += graph.to(tl.int64) * size * FEATURES
-    for slot in range(SLOTS):
-        edge = (graph.to(tl.int64) * size + rows) * SLOTS + slot
-        chosen = tl.load(neighbor_ptr + edge, mask=inside, other=-1)
-        for token in range(BLOCK):
-            key = chosen * BLOCK + token
-            present = (chosen >= 0) & (key < size)
-            product = tl.zeros((ROWS,), tl.float32)
-            for first in range(0, FEATURES, COLUMNS):
-                row = load_rows(row_ptr, rows, FEATURES, present, FEATURES, COLUMNS, first)
-                column = load_rows(column_ptr, key, FEATURES, present, FEATURES, COLUMNS, first)
-                product += tl.sum(row.to(tl.float32) * column.to(tl.float32), 1)
-            tl.store(output_ptr + edge * BLOCK + token, product, mask=inside)
+    """G^t of a tile from G^(t+1)."""
+    tile, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.num_programs(0)
+    graph = entry.to(tl.int64) * graphs + head // (heads // graphs)
+    lanes = tl.arange(0, ROWS)
+    rows = tile * TILE + lanes
+    held = (lanes < TILE) & (rows < size)
+    real = held & (load_labels(label_ptr, entry, size, rows, size) != PADDING)
+    stride = heads * FEATURES
+    x_ptr = of_head(x_ptr, entry, size, heads, head, FEATURES)
+    total = band_product(
+        tl.zeros((ROWS, COLUMNS), tl.float32),
+        band_ptr + graph * tiles * (TILE * SPANS * TILE),
+        x_ptr,
+        label_ptr,
+        entry,
+        tile,
+        tiles,
+        size,
+        size,
+        stride,
+        TILE,
+        SPANS,
+        BEFORE,
+        ROWS,
+        FEATURES,
+        COLUMNS,
+        True,
+    )
+    if far_ptr is not None:
+        reach = tiles * TILE
+        total = list_product(
+            total,
+            far_ptr,
+            edge_ptr,
+            start_ptr,
+            x_ptr,
+            rows,
+            held,
+            graph * reach,
+            graph * tl.cdiv(reach, BLOCK),
+            stride,
+            SLOTS,
+            BLOCK,
+            ENTRIES,
+            FEATURES,
+            COLUMNS,
+        )
+    shared = query_heads // heads
+    for member in range(shared):
+        query_head = head * shared + member
+        cotangent_of_head = of_head(cotangent_ptr, entry, size, query_heads, query_head, FEATURES)
+        cotangent = load_rows(
+            cotangent_of_head, rows, query_heads * FEATURES, real, FEATURES, COLUMNS
+        )
+        total += _times_theta(
+            cotangent,
+            theta_ptr,
+            entry,
+            query_head,
+            rows,
+            real,
+            theta_batch,
+            theta_row,
+            theta_head,
+            t,
+            WIDE,
+        )
+    total = tl.where(real[:, None], total, 0.0)
+    output_ptr = of_head(output_ptr, entry, size, heads, head, FEATURES)
+    store_rows(output_ptr, rows, stride, held, total, FEATURES, COLUMNS)
