@@ -27,7 +27,8 @@ import pytest
 # Collected only where they are named: kernels/ is a process of its own, see its conftest.py.
 collect_ignore = ["kernels"]
 if keras.backend.backend() != "torch":
-    collect_ignore += ["test_gpu_benchmark.py", "test_gpu_kernels.py", "test_machine_code.py"]
+    collect_ignore += ["test_gpu_benchmark.py", "test_gpu_distributed.py", "test_gpu_kernels.py"]
+    collect_ignore += ["test_machine_code.py"]
 if keras.backend.backend() != "jax":
     collect_ignore += ["test_gpu_pallas.py"]
 

@@ -18,15 +18,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from keras_rwr._dispatch import KernelCall
-from keras_rwr._select import select
-from keras_rwr._tokens import Tokens
-from keras_rwr._walk import side_by_side
-from keras_rwr._weigh import weigh
-from keras_rwr.backends.torch import local as local_kernels
+from keras_rwr.backends import torch as backend
 from keras_rwr.backends.torch import rwr_attention, select_neighbors
 from keras_rwr.backends.torch import select as select_kernels
-from keras_rwr.backends.torch import walk as walk_kernels
-from keras_rwr.options import Options
+from keras_rwr.ops import rwr_attention as rwr_attention_call
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MI300 = GPUTarget("hip", "gfx942", 64)
@@ -51,20 +46,41 @@ NO_PRODUCTS = {
     "start_adjoint",
     "finish_adjoint",
 }
-# Of the stages' kernels, those that multiply tiles.
+# The stages' kernels.
 STAGES = {
-    "_best_blocks",
+    "_keep_groups",
+    "_weigh_kernel",
+    "_weigh_gradient_kernel",
     "_forward",
     "_query_gradients",
     "_key_gradients",
+    "_step",
+    "_adjoint_step",
+    "_band_dot",
     "_multiply",
-    "_collect",
-    "_band_products",
+}
+STAGES_WITHOUT_PRODUCTS = {
+    "_find_ends_kernel",
+    "_unit_kernel",
+    "_unit_gradient_kernel",
+    "_choose",
+    "_start",
+    "_far_dot",
 }
 # Bytes of a thread that 255 registers have no room for, by head size. No other kernel spills.
 SPILLS = {
     64: {},
-    128: {"collect": 96, "band_edge_gradients": 240, "key_gradients": 80, "_key_gradients": 80},
+    128: {"collect": 96, "band_edge_gradients": 240, "key_gradients": 80},
+}
+SPILLS_OF_STAGES = {
+    64: {"_keep_groups": 32, "_weigh_gradient_kernel": 32, "_adjoint_step": 64},
+    128: {
+        "_keep_groups": 32,
+        "_weigh_gradient_kernel": 32,
+        "_key_gradients": 96,
+        "_step": 400,
+        "_adjoint_step": 96,
+    },
 }
 
 
@@ -134,20 +150,25 @@ def compile_attention(target, head_size, tokens=4096, backward=True, **options):
 
 @functools.cache
 def compile_stages(target, head_size, is_causal=True):
-    """The kernels of the stages in bfloat16, forward and backward, by name."""
-    options = Options(window=128, topk=8, neighbor_block=1, edge_weight="exponential", steps=1)
-    tokens = Tokens.create(512, is_causal)
-    vectors = torch.zeros((1, 1, 512, 64))
-    heads = [torch.zeros((1, 4, 512, head_size), dtype=torch.bfloat16) for _ in range(3)]
-    neighbors = torch.zeros((1, 1, 512, 8), dtype=torch.int32)
-    graph = weigh(vectors, vectors, neighbors, tokens, options, torch.ones(1, 1, 1))
-    graph.transition.local.requires_grad_()
-    query, key, value = (x.requires_grad_() for x in heads)
-    with compiling(target) as kernels:
-        select(vectors, vectors, tokens, options, select_kernels.best_blocks)
-        local_kernels.attend_locally(query, key, value, tokens, options.window).sum().backward()
-        matmul = walk_kernels.make_matmul(graph)
-        matmul(graph.transition, side_by_side(value, 1)).sum().backward()
+    """The kernels of R5 with one step, in bfloat16, forward and backward, by name."""
+    shape = (1, 512, 4, head_size)
+    tensors = {
+        **{name: torch.zeros(shape, dtype=torch.bfloat16) for name in ("query", "key", "value")},
+        "graph_query": torch.zeros((1, 512, 1, 64), dtype=torch.bfloat16),
+        "graph_key": torch.zeros((1, 512, 1, 64), dtype=torch.bfloat16),
+        "hop_weights": torch.zeros((1, 512, 4, 2)),
+    }
+    options = {"topk": 8, "neighbor_block": 1, "edge_weight": "exponential", "self_edges": False}
+    with pytest.MonkeyPatch.context() as patch, compiling(target) as kernels:
+        patch.setattr(backend, "supports_stages", lambda spec: None)
+        if target is MI300:
+            patch.setattr(select_kernels, "_PRECISION", "ieee")
+        for x in tensors.values():
+            x.requires_grad_()
+        output = rwr_attention_call(
+            **tensors, steps=1, is_causal=is_causal, implementation="triton", **options
+        )
+        output.sum().backward()
     return {kernel.metadata.name: kernel for kernel in kernels}
 
 
@@ -180,15 +201,14 @@ def test_hopper(head_size, tmp_path):
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_stages_on_hopper(head_size, tmp_path):
     compiled = compile_stages(HOPPER, head_size)
-    assert set(compiled) == {*STAGES, "_far_products"}
+    assert set(compiled) == STAGES | STAGES_WITHOUT_PRODUCTS
     for name, kernel in compiled.items():
         assert (tensor_core_instructions(kernel) > 0) == (name in STAGES), name
-        assert spilled_bytes(kernel, tmp_path) <= SPILLS[head_size].get(name, 0), name
+        assert spilled_bytes(kernel, tmp_path) <= SPILLS_OF_STAGES[head_size].get(name, 0), name
         assert kernel.metadata.shared <= SHARED_MEMORY["cuda"], name
 
 
-def test_stages_on_amd(monkeypatch):
-    monkeypatch.setattr(select_kernels, "_PRECISION", "ieee")
+def test_stages_on_amd():
     for name, kernel in compile_stages(MI300, 64, is_causal=False).items():
         assert kernel.metadata.shared <= SHARED_MEMORY["hip"], name
 

@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_rwr import _reference
-from keras_rwr._attend import Heads
-from keras_rwr._attend import Inputs as Tensors
+from keras_rwr._heads import Heads
+from keras_rwr._heads import Inputs as Tensors
 from keras_rwr.options import Call, Options
 
 pytestmark = pytest.mark.costly

@@ -18,7 +18,7 @@ import keras
 import language_model
 
 from keras_rwr import _cache, _decoding
-from keras_rwr._attend import Inputs
+from keras_rwr._heads import Inputs
 from keras_rwr.ops import rwr_attention
 from keras_rwr.options import Options
 
