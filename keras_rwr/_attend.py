@@ -3,6 +3,7 @@
 output = LOCAL + sum_t theta_t P^t V
 """
 
+import dataclasses
 from typing import Any
 
 from keras import ops
@@ -74,9 +75,9 @@ def transition_matrix(
     tuning: Tuning,
     stages: _dispatch.Stages = _dispatch.PORTABLE,
 ) -> SparseGraph:
-    """The transition matrix: the caller's, or a new one."""
+    """The transition matrix: the caller's, with the tokens of this call, or a new one."""
     if heads.graph is not None:
-        return heads.graph
+        return dataclasses.replace(heads.graph, tokens=heads.tokens)
     neighbors = stages.select(heads.graph_query, heads.graph_key, heads.tokens, options)
     return stages.weigh(
         heads.graph_query,

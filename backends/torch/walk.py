@@ -73,9 +73,11 @@ def walk(graph, value, hop_weights, options, local):
 
 
 def _every_row(hop_weights, batch, heads, size):
-    """theta as a float32 view `(B, S, N, T + 1)`."""
-    steps = hop_weights.shape[-1]
-    return hop_weights.float().expand(batch, heads, size, steps).transpose(1, 2)
+    """theta as a float32 view `(B, S, N, T + 1)`, the numbers of a token and head side by side."""
+    weights, steps = hop_weights.float(), hop_weights.shape[-1]
+    if weights.stride(-1) != 1:
+        weights = weights.contiguous()
+    return weights.expand(batch, heads, size, steps).transpose(1, 2)
 
 
 class _Walk(torch.autograd.Function):

@@ -72,7 +72,7 @@ def weigh(
         query,
         key,
         None if bias is None else bias[..., 0].contiguous(),
-        concentration.expand(query.shape[2], 1, 1).flatten(),
+        concentration.expand(query.shape[2], 1, 1).flatten().contiguous(),
         graph_query.scales,
         graph_key.scales,
         *tensors,
@@ -688,5 +688,7 @@ def _weigh_gradient_kernel(
     gradient_ptr = of_head(gradient_ptr, entry, size, graphs, graph, FEATURES)
     store_rows(gradient_ptr, rows, graphs * FEATURES, inside, gradient, FEATURES, VECTOR)
     program = (tile * graphs + graph) * tl.num_programs(2) + entry
-    total = tl.sum(sharpness_gradient)
-    tl.store(sharpness_gradient_ptr + program, total if EXPONENTIAL else 0.0 * total)
+    if EXPONENTIAL:
+        tl.store(sharpness_gradient_ptr + program, tl.sum(sharpness_gradient))
+    else:  # cosines know no concentration
+        tl.store(sharpness_gradient_ptr + program, 0.0)

@@ -28,6 +28,7 @@ from keras_rwr._tokens import Tokens
 from keras_rwr._weigh import weigh
 from keras_rwr.backends.torch import local, product, vectors
 from keras_rwr.backends.torch import select as select_kernels
+from keras_rwr.ops import rwr_attention
 from keras_rwr.options import Options
 
 BY_NAME = {made.name: made for made in SUM_CASES}
@@ -376,3 +377,44 @@ def test_no_second_derivative():
     output = local.attend_locally(query, query, query, Tokens.create(16, True), 3)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(output.sum(), query, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets the kernels
+def test_a_graph_made_before_the_call_lets_no_poison_pass():
+    case = BY_NAME["R5 causal"]
+    inputs, options = case.inputs, dict(case.options)
+    *_, made = build_graph(case)
+    values = inputs.given("query", "key", "value", "hop_weights")
+    tensors = {name: torch.tensor(x) for name, x in values.items()}
+    attend = attention(inputs, options, "triton", graph=made)
+    clean = attend(**tensors)
+    tensors["value"][0, 19, 0, 2] = float("nan")
+    found = attend(**tensors)
+    assert torch.equal(found[0, :19], clean[0, :19]) and torch.equal(found[1], clean[1])
+    assert found[0, 19:].isnan().all()
+
+
+def test_tensors_whose_numbers_are_apart():
+    """Hop weights and concentrations may be views of larger tensors."""
+    vectors = draw(3, 1, 40, 2, 6)
+    graph = draw(2, 1, 40, 2, 6)
+    theta = draw(3, 1, 40, 2).permute(1, 2, 3, 0)
+    kappa = torch.tensor([5.0, 1.0, 30.0, 1.0])[::2]
+
+    def run(theta, kappa):
+        return rwr_attention(
+            *vectors,
+            graph_query=graph[0],
+            graph_key=graph[1],
+            hop_weights=theta,
+            concentration=kappa,
+            edge_weight="exponential",
+            topk=2,
+            neighbor_block=1,
+            window=5,
+            is_causal=True,
+            implementation="triton",
+        )
+
+    assert not theta.is_contiguous() and not kappa.is_contiguous()
+    assert torch.equal(run(theta, kappa), run(theta.contiguous(), kappa.contiguous()))
