@@ -6,6 +6,7 @@ output = LOCAL + sum_t theta_t P^t V
 import dataclasses
 from typing import Any
 
+import keras
 from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
@@ -23,11 +24,19 @@ def attend(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tens
     if in_symbolic_scope() or 0 in inputs.query.shape or 0 in inputs.value.shape:
         shape = (*ops.shape(inputs.query)[:3], inputs.value.shape[-1])
         return ops.zeros(shape, dtype=inputs.query.dtype)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        device = inputs.query.device.type
+        if torch.is_autocast_enabled(device):  # it would round each product inside
+            inputs = inputs.cast(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return attend(inputs, options, call, tuning)
     if inputs.graph is None and _sharding.is_active():
         return _sharding.attend_over_devices(attend, inputs, options, call, tuning)
     spec = _dispatch.CallSpec.of(inputs, options, call, tuning)
     implementation = _dispatch.choose(spec, tuning.implementation)
-    if _dispatch.runs_whole(implementation, spec):
+    if _dispatch.runs_whole(implementation):
         return _dispatch.run_kernel(implementation, inputs, spec.config)
     stages = _dispatch.stages(implementation)
     heads = Heads.create(inputs, options, call, stages.contain, stages.unit)

@@ -22,7 +22,9 @@ from keras_rwr.options import IMPLEMENTATIONS, Call, Options, Tuning
 if TYPE_CHECKING:
     from keras_rwr._heads import Inputs
 
-# Kernels of the whole operation: name -> (module, the backend they are for).
+# Modules of kernels: name -> (module, the backend they are for). A module brings `supports`, and
+# either `stages`, which returns a dict for `Stages`, or the whole operation as `select_neighbors`
+# and `rwr_attention`.
 KERNELS = {
     "triton": ("keras_rwr.backends.torch", "torch"),
     "pallas": ("keras_rwr.backends.jax", "jax"),
@@ -63,7 +65,7 @@ _loaded: dict[str, ModuleType] = {
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """What kernels know of a call: `Options`, `Call` and `Tuning` as far as they serve them."""
+    """The options of a call that kernels look at, of `Options`, `Call` and `Tuning`."""
 
     alpha: float = 0.2
     steps: int = 4
@@ -99,11 +101,6 @@ class KernelCall:
         return self.threshold
 
     @property
-    def mass(self) -> float:
-        """Total weight of a walk, `rho = 1 - (1 - alpha)^(steps + 1)`."""
-        return 1.0 - (1.0 - self.alpha) ** (self.steps + 1)
-
-    @property
     def is_reciprocal(self) -> bool:
         """Whether the backward walk takes part."""
         return self.reversible and self.reciprocal_beta < 1.0
@@ -120,6 +117,7 @@ class CallSpec:
         query_shape: Tuple `(B, S, N, H)`, with `None` where a size is unknown.
         value_size: Int, features of a value.
         config: `KernelCall`.
+        graph_size: `None` where no graph is made, or int, features of its vectors.
         has_graph: Bool. Whether the caller brings the graph.
         beyond_kernels: `None`, or what the call asks for that no kernel of the whole operation has.
     """
@@ -130,6 +128,7 @@ class CallSpec:
     query_shape: tuple
     value_size: int
     config: KernelCall
+    graph_size: int | None = None
     has_graph: bool = False
     beyond_kernels: str | None = None
 
@@ -138,12 +137,15 @@ class CallSpec:
         """Describes a call."""
         vectors = (inputs.query, inputs.key, inputs.value)
         dtypes = [keras.backend.standardize_dtype(x.dtype) for x in vectors]
+        graph = inputs.query if inputs.graph_query is None else inputs.graph_query
+        makes_graph = options.steps > 0 and inputs.graph is None
         return cls(
             backend=keras.backend.backend(),
             device=current_device(inputs.query),
             dtype="float64" if "float64" in dtypes else dtypes[0],
             query_shape=tuple(inputs.query.shape),
             value_size=inputs.value.shape[-1],
+            graph_size=graph.shape[-1] if makes_graph else None,
             config=KernelCall.of(options, call, tuning),
             has_graph=inputs.graph is not None,
             beyond_kernels=_beyond_kernels(
@@ -246,12 +248,14 @@ def explain(
     meaning, tuning = Options.pick(options), Tuning.pick(options)
     call = Call(is_causal, dropout)
     call.check(meaning, has_segments)
+    graph_size = query_shape[-1] if meaning.graph_heads is None else meaning.graph_dim
     spec = CallSpec(
         backend=keras.backend.backend(),
         device=current_device() if device is None else device,
         dtype=dtype,
         query_shape=tuple(query_shape),
         value_size=value_shape[-1],
+        graph_size=graph_size if meaning.steps > 0 and not has_graph else None,
         config=KernelCall.of(meaning, call, tuning),
         has_graph=has_graph,
         beyond_kernels=_beyond_kernels(
@@ -302,26 +306,19 @@ def refusal(name: str, spec: CallSpec) -> str | None:
         return f"it needs the {backend} backend"
     if name not in _loaded:
         return f"this version of keras_rwr has no {name} kernels"
-    reason = _whole_refusal(name, spec)
-    if reason is None or not hasattr(_loaded[name], "supports_stages"):
-        return reason
-    return _loaded[name].supports_stages(spec)
+    if runs_whole(name) and spec.beyond_kernels is not None:
+        return f"its kernels have no {spec.beyond_kernels}"
+    return _loaded[name].supports(spec)
 
 
-def runs_whole(name: str, spec: CallSpec) -> bool:
-    """Whether an implementation that was chosen runs a call by kernels of the whole operation."""
-    return name in KERNELS and _whole_refusal(name, spec) is None
+def runs_whole(name: str) -> bool:
+    """Whether an implementation that was chosen has kernels of the whole operation."""
+    return name in KERNELS and not hasattr(_loaded[name], "stages")
 
 
 def stages(name: str) -> Stages:
-    """The stages of an implementation that was chosen."""
+    """The stages of an implementation that was chosen and does not run the whole operation."""
     return Stages(**_loaded[name].stages()) if name in KERNELS else PORTABLE
-
-
-def _whole_refusal(name: str, spec: CallSpec) -> str | None:
-    if spec.beyond_kernels is not None:
-        return f"its kernels have no {spec.beyond_kernels}"
-    return _loaded[name].supports(spec)
 
 
 def load(name: str) -> ModuleType:

@@ -50,6 +50,19 @@ class Inputs:
         """All of them by name."""
         return {name: getattr(self, name) for name in self.names()}
 
+    def cast(self, dtype: str) -> Self:
+        """The same with queries, keys and values of a dtype, but for those of float64."""
+        names = ("query", "key", "value", "graph_query", "graph_key")
+        vectors = {name: x for name, x in self.tensors().items() if name in names}
+        return dataclasses.replace(
+            self,
+            **{
+                name: ops.cast(x, dtype)
+                for name, x in vectors.items()
+                if x is not None and precision(x) != "float64"
+            },
+        )
+
 
 def contain_vectors(
     vectors: list[Tensor], tokens: Tokens, options: Options

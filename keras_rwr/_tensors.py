@@ -97,7 +97,8 @@ def softmax(logits: Tensor) -> Tensor:
 def key_bias(key: Tensor, discoverability: Tensor) -> Tensor:
     """`b_j = clip(k_j u, -8, 8)`: `(B, N, S, H)` and `(N, H)` to `(B, N, S, 1)`."""
     discoverability = ops.cast(discoverability, key.dtype)
-    return ops.clip(ops.einsum("bnsh,nh->bns", key, discoverability), -8.0, 8.0)[..., None]
+    bias = ops.einsum("bnsh,nh->bns", key, discoverability)[..., None]
+    return maximum(minimum(bias, 8.0), -8.0)
 
 
 def contain(*tensors: Tensor) -> tuple[Tensor, ...]:

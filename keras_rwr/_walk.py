@@ -1,5 +1,6 @@
 """The walk: `sum_t theta_t P^t V`, one sparse product a step."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -124,6 +125,16 @@ def backward_states(
         yield _heads(graph, state, value), graph.tiling.cut(log_sum)
 
 
+def shares_of_hops(hop_weights: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """`rho = sum_t theta_t` and `theta_t / rho`; without a walk, the shares of the restart."""
+    mass = ops.sum(hop_weights, axis=-1, keepdims=True)
+    hops = ops.arange(hop_weights.shape[-1], dtype=hop_weights.dtype)
+    restart = ops.exp(hops * math.log(max(1.0 - options.alpha, _NEGLIGIBLE)))
+    walks = mass != 0
+    shares = where(walks, hop_weights / where(walks, mass, 1.0), restart / ops.sum(restart))
+    return mass, shares
+
+
 def mix_backward(
     states: list[tuple[Tensor, Tensor]], hop_weights: Tensor, options: Options
 ) -> Tensor:
@@ -134,13 +145,7 @@ def mix_backward(
         hop_weights: Tensor of shape `(1, N or 1, 1, T + 1)`.
         options: `Options`.
     """
-    mass = ops.sum(hop_weights, axis=-1, keepdims=True)  # rho
-    # Without a walk of its own a head's shares are those of the restart.
-    restart = ops.convert_to_tensor(options.restart_weights, dtype=hop_weights.dtype)
-    if restart.shape[-1] != hop_weights.shape[-1]:
-        restart = ops.ones_like(hop_weights[0, 0, 0])
-    walks = mass != 0
-    shares = where(walks, hop_weights / where(walks, mass, 1.0), restart / ops.sum(restart))
+    mass, shares = shares_of_hops(hop_weights, options)
     log_sums = ops.concatenate([log_sum for _, log_sum in states], axis=-1)  # (B, N, S, T + 1)
     size = ops.abs(shares)
     counts = size > _NEGLIGIBLE

@@ -118,7 +118,7 @@ class RWRAttention(keras.layers.MultiHeadAttention):
             theta is trained, one for each head. `"gated"`: a trained projection of the token is
             added to it. With these two `alpha` and `lens_strength` are left at their defaults.
         block_size: `None` or int. Overrides an implementation's tile. Changes speed only.
-        head_dim_pad: `None` or int. Kernels round the head size up to a multiple of it. Changes
+        head_dim_pad: `None` or int. Pallas rounds the head size up to a multiple of it. Changes
             speed only.
         implementation: `None` for the fastest that supports the call, or the name of one, which is
             then used or raises `NotImplementedError`. A call with a cache has an implementation of

@@ -108,15 +108,16 @@ def rwr_attention(
         graph: `None`, or a graph from `keras_rwr.graph.normalize_to_p` that was built with the
             same options, to walk on instead of building one.
         block_size: `None` or int >= 1. Queries in a tile; changes speed only.
-        head_dim_pad: `None` or int >= 1. Kernels round the head size up to a multiple of it;
+        head_dim_pad: `None` or int >= 1. Pallas rounds the head size up to a multiple of it;
             changes speed only.
         implementation: `None` for the fastest that supports the call, or `"reference"`,
             `"portable"`, `"triton"`, `"pallas"`, which never falls back.
 
     Returns:
         Tensor of shape `(B, S, N, V)` in the dtype of `query`. The arithmetic is in float32, or in
-        float64 if an input is. In a causal call a token with a NaN or infinity makes its own output
-        NaN, and those of later tokens that see it, but no earlier one.
+        float64 if an input is. Under `torch.autocast` the vectors and the output have its dtype. In
+        a causal call a token with a NaN or infinity makes its own output NaN, and those of later
+        tokens that see it, but no earlier one.
 
     Raises:
         ValueError: If an argument is outside its range, or shapes do not fit.
@@ -131,7 +132,34 @@ def rwr_attention(
         - [Klicpera et al., 2019](https://arxiv.org/abs/1810.05997): its propagation scheme, APPNP
         - [Wang et al., 2021](https://arxiv.org/abs/2009.14332): multi-hop attention, MAGNA
     """
-    options, call, tensors = _read(locals())
+    options, call, tensors = _read(
+        query=query,
+        key=key,
+        value=value,
+        alpha=alpha,
+        steps=steps,
+        topk=topk,
+        neighbor_block=neighbor_block,
+        window=window,
+        threshold=threshold,
+        edge_weight=edge_weight,
+        concentration=concentration,
+        reversible=reversible,
+        reciprocal_beta=reciprocal_beta,
+        lens_strength=lens_strength,
+        fusion=fusion,
+        self_edges=self_edges,
+        discoverability=discoverability,
+        padding_mask=padding_mask,
+        graph_query=graph_query,
+        graph_key=graph_key,
+        hop_weights=hop_weights,
+        segment_ids=segment_ids,
+        is_causal=is_causal,
+        dropout=dropout,
+        seed=seed,
+        graph=graph,
+    )
     tuning = Tuning(block_size, head_dim_pad, implementation)
     if not any_symbolic_tensors(tuple(tensors.values())):
         return attend(Inputs(**tensors), options, call, tuning)
@@ -212,7 +240,7 @@ def attention_scores(
 
     Raises: as `rwr_attention`.
     """
-    options, call, tensors = _read({**locals(), "value": key})
+    options, call, tensors = _read(**locals() | {"value": key})
     matrix = attention_matrix(Inputs(**tensors), options, call)
     return ops.cast(matrix, tensors["query"].dtype)
 
@@ -257,7 +285,7 @@ def token_importance(
     Reference:
         - [Page et al., 1999](http://ilpubs.stanford.edu:8090/422/): PageRank
     """
-    options, call, tensors = _read({**locals(), "value": key})
+    options, call, tensors = _read(**locals() | {"value": key})
     heads = Heads.create(Inputs(**tensors), options, call)
     transition = transition_matrix(heads, options, Tuning())
     graphs, number = transition.graphs, heads.query.shape[1]
@@ -279,7 +307,7 @@ def token_importance(
     return ops.transpose(visits[..., 0], (0, 2, 1))
 
 
-def _read(arguments: dict[str, Any]) -> tuple[Options, Call, dict[str, Any]]:
+def _read(**arguments: Any) -> tuple[Options, Call, dict[str, Any]]:
     """Checks the arguments of a call: its options, its facts, and its tensors by name."""
     tensors: dict[str, Any] = {name: arguments.get(name) for name in _TENSORS}
     numbers = ("concentration", "lens_strength")

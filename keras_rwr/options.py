@@ -201,7 +201,7 @@ class Tuning(_Fields):
 
     Args:
         block_size: `None` or int >= 1. Queries in a tile; `None` lets the implementation choose.
-        head_dim_pad: `None` or int >= 1. Kernels round the head size up to a multiple of it.
+        head_dim_pad: `None` or int >= 1. Pallas rounds the head size up to a multiple of it.
         implementation: `None` for the fastest that supports the call, or the name of one, which is
             then used or raises.
 

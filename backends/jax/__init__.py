@@ -116,7 +116,7 @@ def rwr_attention(
         discoverability: `None` or array of shape `(N, H)`, u.
         padding_mask: `None` or array of shape `(B, S)`, true at real tokens.
         seed: `None`, int, or int array of shape `(2,)` or `(4,)`: dropout's.
-        neighbors: `None` or what `keras_rwr.graph.select_neighbors` returned.
+        neighbors: `None` or what `select_neighbors` returned.
         graph: Not taken, see `supports`.
 
     Returns:

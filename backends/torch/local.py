@@ -10,8 +10,7 @@ import triton.language as tl
 
 from keras_rwr._tensors import repeat_heads
 from keras_rwr.backends.torch.operators import define, refuse_second_derivative
-from keras_rwr.backends.torch.plan import ceil_div, next_power_of_2, seed_words
-from keras_rwr.backends.torch.run import run
+from keras_rwr.backends.torch.run import ceil_div, next_power_of_2, run
 from keras_rwr.backends.torch.tiles import (
     LOG2E,
     NEVER,
@@ -26,7 +25,7 @@ from keras_rwr.backends.torch.tiles import (
 )
 from keras_rwr.backends.torch.vectors import token_major
 
-_ROWS, _WARPS = 64, 4
+_WARPS = 4
 
 
 def attend_locally(
@@ -44,7 +43,7 @@ def attend_locally(
         bias,
         token_labels(tokens, query.shape[0]),
         tokens.ends,
-        seed_words(seed, query.device) if dropout > 0.0 else None,
+        _seed_words(seed, query.device) if dropout > 0.0 else None,
         window,
         tokens.is_causal,
         dropout,
@@ -57,6 +56,14 @@ def token_labels(tokens, batch):
     if not (tokens.has_padding or tokens.has_segments):
         return None
     return tokens.labels[:, 0, :, 0].expand(batch, -1).contiguous()
+
+
+def _seed_words(seed, device):
+    """A seed as four int32 words, see `keras_rwr._dropout`."""
+    if isinstance(seed, int):
+        seed = torch.full((1,), (seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+    seed = seed.to(device=device, dtype=torch.int32)
+    return torch.nn.functional.pad(seed, (0, 4 - seed.shape[0]))
 
 
 class _Local(torch.autograd.Function):
@@ -82,7 +89,7 @@ def _run_local(query, key, value, bias, labels, ends, seed, window, is_causal, d
     output, lse = _local_outputs(query, key, value)
     numbers, constants = _settings(query, key, value, window, is_causal, dropout)
     tensors = (query, key, value, bias, labels, ends, seed, output, lse)
-    run(_forward, _grid(query), *tensors, *numbers, **constants)
+    run(_forward, _grid(query, constants["ROWS"]), *tensors, *numbers, **constants)
     return output, lse
 
 
@@ -111,9 +118,11 @@ def _run_local_gradients(
     delta = torch.empty_like(lse)
     numbers, constants = _settings(query, key, value, window, is_causal, dropout)
     tensors = (query, key, value, bias, labels, ends, seed, cotangent, lse, delta)
-    run(_query_gradients, _grid(query), *tensors, output, gradients[0], *numbers, **constants)
+    rows = constants["ROWS"]
+    grid = _grid(query, rows)
+    run(_query_gradients, grid, *tensors, output, gradients[0], *numbers, **constants)
     outputs = (*gradients[1:3], None if bias is None else gradients[3])
-    run(_key_gradients, _grid(key), *tensors, *outputs, *numbers, **constants)
+    run(_key_gradients, _grid(key, rows), *tensors, *outputs, *numbers, **constants)
     return gradients
 
 
@@ -137,8 +146,8 @@ _local_gradients = define(
 )
 
 
-def _grid(x):
-    return ceil_div(x.shape[1], _ROWS), x.shape[2], x.shape[0]
+def _grid(x, rows):
+    return ceil_div(x.shape[1], rows), x.shape[2], x.shape[0]
 
 
 def _settings(query, key, value, window, is_causal, dropout):
@@ -160,8 +169,9 @@ def _settings(query, key, value, window, is_causal, dropout):
         "HEAD": max(next_power_of_2(head_size), 16),
         "VALUE_SIZE": value_size,
         "VALUE": max(next_power_of_2(value_size), 16),
-        "ROWS": _ROWS,
-        "num_warps": _WARPS if largest <= 128 else 2 * _WARPS,
+        # Long rows have no room for a large tile.
+        "ROWS": 64 if largest <= 256 else 32 if largest <= 512 else 16,
+        "num_warps": _WARPS if largest <= 128 or largest > 512 else 2 * _WARPS,
     }
 
 

@@ -7,14 +7,16 @@ bits.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from keras_rwr.backends.torch import blocks
+from keras_rwr.backends.torch.blocks import add_blocks
 from keras_rwr.backends.torch.operators import define, refuse_second_derivative
-from keras_rwr.backends.torch.plan import ceil_div, next_power_of_2
-from keras_rwr.backends.torch.run import run
+from keras_rwr.backends.torch.run import ceil_div, next_power_of_2, run
 from keras_rwr.backends.torch.tiles import PADDING, load_labels, load_rows, of_head, store_rows
 from keras_rwr.backends.torch.vectors import token_major
 
@@ -78,7 +80,9 @@ class _Product(torch.autograd.Function):
         on_band = torch.empty_like(local)
         band_dot(on_band, cotangent, x, before, False, False)
         far, back = (
-            None if weights is None else far_dot(*pair, neighbors, block, False).to(weights.dtype)
+            None
+            if weights is None
+            else far_dot(*pair, neighbors, *lists, block, False).to(weights.dtype)
             for weights, pair in ((far, (cotangent, x)), (back, (x, cotangent)))
         )
         return (
@@ -95,15 +99,15 @@ class FarDot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, columns, neighbors, block):
-        ctx.save_for_backward(rows, columns, neighbors)
+        lists = list_edges(neighbors, block)
+        ctx.save_for_backward(rows, columns, neighbors, *lists)
         ctx.block = block
-        return far_dot(rows, columns, neighbors, block, False)
+        return far_dot(rows, columns, neighbors, *lists, block, False)
 
     @staticmethod
     def backward(ctx, cotangent):
         refuse_second_derivative()
-        rows, columns, neighbors = ctx.saved_tensors
-        lists = list_edges(neighbors, ctx.block)
+        rows, columns, neighbors, *lists = ctx.saved_tensors
         others = (neighbors, *lists, 0, ctx.block)
         cotangent = cotangent.contiguous()
         return (
@@ -118,12 +122,16 @@ def _run_multiply(local, gathered, listed, x, neighbors, edges, starts, before, 
     output = torch.empty_like(x)
     batch, size, heads, features = x.shape
     graphs = next(y for y in (local, gathered, listed) if y is not None).shape[1]
-    constants = band_constants(local, before, size) | far_constants(neighbors, block)
+    shape = shape_of(local, neighbors, before, block, size, features)
+    brought = None
+    if gathered is not None and edges is not None and block >= blocks.SMALLEST:
+        brought = blocks.multiply_blocks(gathered, x, neighbors, edges, starts, block)
     run(
         _multiply,
-        (ceil_div(size, constants["TILE"]), heads, batch),
+        (ceil_div(size, shape.tile), heads, batch),
         local,
         gathered,
+        brought,
         listed,
         neighbors,
         edges,
@@ -134,9 +142,9 @@ def _run_multiply(local, gathered, listed, x, neighbors, edges, starts, before, 
         size if neighbors is None else neighbors.shape[2],
         heads,
         graphs,
-        **constants,
-        **feature_constants(features, x.itemsize),
+        SHAPE=shape,
         TRANSPOSED=transposed,
+        num_warps=warps_of(shape, x.itemsize),
     )
     return output
 
@@ -144,28 +152,30 @@ def _run_multiply(local, gathered, listed, x, neighbors, edges, starts, before, 
 def _run_band_dot(total, rows, columns, before, centred, added):
     batch, graphs, tiles, _, _ = total.shape
     size, features = rows.shape[1], rows.shape[2] // graphs * rows.shape[3]
-    constants = band_constants(total, before, size)
+    shape = shape_of(total, None, before, 1, size, features)
     run(
         _band_dot,
-        (tiles, constants["SPANS"], graphs * batch),
+        (tiles, shape.spans, graphs * batch),
         rows,
         columns,
         total,
         size,
         graphs,
-        **constants,
-        FEATURES=features,
-        COLUMNS=min(max(next_power_of_2(features), 16), 64),
+        SHAPE=shape._replace(columns=min(shape.columns, 64)),
         CENTRED=centred,
         ADDED=added,
         num_warps=4,
     )
 
 
-def _run_far_dot(rows, columns, neighbors, block, centred):
-    output = _far_dot_output(rows, columns, neighbors, block, centred)
+def _run_far_dot(rows, columns, neighbors, edges, starts, block, centred):
+    if edges is not None and block >= blocks.SMALLEST:
+        return blocks.dot_blocks(rows, columns, neighbors, edges, starts, block, centred)
+    output = _far_dot_output(rows, columns, neighbors, edges, starts, block, centred)
     batch, graphs, reach, slots = neighbors.shape
     features = rows.shape[2] // graphs * rows.shape[3]
+    shape = shape_of(None, neighbors, 0, block, rows.shape[1], features)
+    unrolled = math.gcd(slots * block, _CHUNK)
     run(
         _far_dot,
         (ceil_div(reach, _EDGE_ROWS), graphs, batch),
@@ -176,17 +186,14 @@ def _run_far_dot(rows, columns, neighbors, block, centred):
         rows.shape[1],
         reach,
         graphs,
-        **far_constants(neighbors, block) | {"UNROLLED": math.gcd(slots * block, _CHUNK)},
-        FEATURES=features,
-        COLUMNS=min(max(next_power_of_2(features), 16), 64),
+        SHAPE=shape._replace(rows=_EDGE_ROWS, unrolled=unrolled, columns=min(shape.columns, 64)),
         CENTRED=centred,
-        ROWS=_EDGE_ROWS,
         num_warps=4,
     )
     return output
 
 
-def _far_dot_output(rows, columns, neighbors, block, centred):
+def _far_dot_output(rows, columns, neighbors, edges, starts, block, centred):
     shape = (*neighbors.shape[:3], neighbors.shape[3] * block)
     return rows.new_empty(shape, dtype=torch.float32)
 
@@ -227,7 +234,8 @@ band_dot = define(
     lambda *tensors: None,
 )
 far_dot = define(
-    "far_dot(Tensor rows, Tensor columns, Tensor neighbors, int block, bool centred) -> Tensor",
+    "far_dot(Tensor rows, Tensor columns, Tensor neighbors, Tensor? edges, Tensor? starts, "
+    "int block, bool centred) -> Tensor",
     _run_far_dot,
     _far_dot_output,
 )
@@ -238,48 +246,67 @@ list_edges = define(
 )
 
 
-def band_constants(local, before, size):
-    """Constants of kernels that take a band `(B, G, C, M, L)`; without one, tiles of 64."""
+class Shape(NamedTuple):
+    """What is known of a matrix and of features when kernels are compiled.
+
+    Attributes:
+        tile: Rows of a tile of the band.
+        rows: A power of two, of at least `tile` rows.
+        spans: Tiles of columns in the band.
+        before: Spans before a tile's own.
+        slots: Key blocks that a row has far edges to.
+        block: Keys in a block.
+        unrolled: Far edges of a row whose loads are in flight together, a divisor of their number.
+        entries: Entries of lists in one product.
+        features: Features of a head.
+        columns: A power of two, how many of them are loaded at once.
+    """
+
+    tile: int
+    rows: int
+    spans: int
+    before: int
+    slots: int
+    block: int
+    unrolled: int
+    entries: int
+    features: int
+    columns: int
+
+
+def shape_of(local, neighbors, before, block, size, features):
+    """The `Shape` of a matrix with or without a band and far edges, all features at once."""
     tile = min(size, 64) if local is None else local.shape[3]
-    return {
-        "TILE": tile,
-        "SPANS": 0 if local is None else local.shape[4] // tile,
-        "BEFORE": before,
-        "ROWS": max(next_power_of_2(tile), 16),
-    }
-
-
-def far_constants(neighbors, block):
-    """Constants of kernels that take far edges."""
     slots = 0 if neighbors is None else neighbors.shape[3]
-    # Edges of a row whose loads are in flight together: a power of two that divides their number.
-    return {
-        "SLOTS": slots,
-        "BLOCK": block,
-        "UNROLLED": math.gcd(slots * block, _UNROLLED),
-        "ENTRIES": _ENTRIES,
-    }
+    return Shape(
+        tile=tile,
+        rows=max(next_power_of_2(tile), 16),
+        spans=0 if local is None else local.shape[4] // tile,
+        before=before,
+        slots=slots,
+        block=block,
+        unrolled=math.gcd(slots * block, _UNROLLED),
+        entries=_ENTRIES,
+        features=features,
+        columns=max(next_power_of_2(features), 16),
+    )
 
 
-def feature_constants(features, itemsize):
-    """Constants of kernels that take a head's features at once, numbers of so many bytes."""
-    return {
-        "FEATURES": features,
-        "COLUMNS": max(next_power_of_2(features), 16),
-        "num_warps": 4 if features * itemsize <= 256 else 8,
-    }
+def warps_of(shape, itemsize):
+    """Warps for products with all features of a head, numbers of so many bytes."""
+    return 4 if shape.features * itemsize <= 256 else 8
 
 
 @triton.jit
-def _load_band(local_ptr, tile, span, TILE: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's entries in one span of its band, `(ROWS, ROWS)`; 0 behind TILE."""
-    lanes = tl.arange(0, ROWS)
-    offset = tile.to(tl.int64) * (TILE * SPANS * TILE) + span * TILE
-    pointers = local_ptr + offset + lanes[:, None] * (SPANS * TILE) + lanes[None, :]
-    if TILE == ROWS:
+def _load_band(local_ptr, tile, span, SHAPE: tl.constexpr):
+    """A tile's entries in one span of its band, `(SHAPE.rows, SHAPE.rows)`; 0 behind SHAPE.tile."""
+    lanes = tl.arange(0, SHAPE.rows)
+    offset = tile.to(tl.int64) * (SHAPE.tile * SHAPE.spans * SHAPE.tile) + span * SHAPE.tile
+    pointers = local_ptr + offset + lanes[:, None] * (SHAPE.spans * SHAPE.tile) + lanes[None, :]
+    if SHAPE.tile == SHAPE.rows:
         return tl.load(pointers)
     else:
-        held = (lanes < TILE)[:, None] & (lanes < TILE)[None, :]
+        held = (lanes < SHAPE.tile)[:, None] & (lanes < SHAPE.tile)[None, :]
         return tl.load(pointers, mask=held, other=0.0)
 
 
@@ -295,37 +322,32 @@ def band_product(
     size,
     end,
     stride,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Adds the band, or its transpose, times x for the rows of a tile."""
-    lanes = tl.arange(0, ROWS)
+    lanes = tl.arange(0, SHAPE.rows)
     if TRANSPOSED:
-        low, high = tile + BEFORE + 1 - tiles, tile + BEFORE + 1
+        low, high = tile + SHAPE.before + 1 - tiles, tile + SHAPE.before + 1
     else:
-        low, high = BEFORE - tile, tiles - tile + BEFORE
-    for span in range(tl.maximum(low, 0), tl.minimum(high, SPANS)):
-        other = tile + (BEFORE - span if TRANSPOSED else span - BEFORE)
-        rows = other * TILE + lanes
+        low, high = SHAPE.before - tile, tiles - tile + SHAPE.before
+    for span in range(tl.maximum(low, 0), tl.minimum(high, SHAPE.spans)):
+        other = tile + (SHAPE.before - span if TRANSPOSED else span - SHAPE.before)
+        rows = other * SHAPE.tile + lanes
         present = load_labels(label_ptr, entry, size, rows, end) != PADDING
-        if TILE != ROWS:
-            present = present & (lanes < TILE)
-        x = load_rows(x_ptr, rows, stride, present, FEATURES, COLUMNS)
+        if SHAPE.tile != SHAPE.rows:
+            present = present & (lanes < SHAPE.tile)
+        x = load_rows(x_ptr, rows, stride, present, SHAPE.features, SHAPE.columns)
         if TRANSPOSED:
-            weights = tl.trans(_load_band(local_ptr, other, span, TILE, SPANS, ROWS))
+            weights = tl.trans(_load_band(local_ptr, other, span, SHAPE))
         else:
-            weights = _load_band(local_ptr, tile, span, TILE, SPANS, ROWS)
+            weights = _load_band(local_ptr, tile, span, SHAPE)
         total += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
     return total
 
 
 @triton.jit
-def gather_product(
+def _gather_product(
     total,
     far_ptr,
     neighbor_ptr,
@@ -334,24 +356,53 @@ def gather_product(
     held,
     end,
     stride,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Adds what far edges bring to rows from their keys."""
-    for first in range(0, SLOTS * BLOCK, UNROLLED):
+    UNROLLED: tl.constexpr = SHAPE.unrolled
+    for first in range(0, SHAPE.slots * SHAPE.block, SHAPE.unrolled):
         for edge in tl.static_range(UNROLLED):
             place = first + edge
-            slot = rows.to(tl.int64) * SLOTS + place // BLOCK
+            slot = rows.to(tl.int64) * SHAPE.slots + place // SHAPE.block
             chosen = tl.load(neighbor_ptr + slot, mask=held, other=-1)
-            key = chosen * BLOCK + place % BLOCK
-            weight = tl.load(far_ptr + slot * BLOCK + place % BLOCK, mask=held, other=0.0)
-            present = (chosen >= 0) & (key < end)
-            x = load_rows(x_ptr, key, stride, present, FEATURES, COLUMNS)
+            key = chosen * SHAPE.block + place % SHAPE.block
+            weight = tl.load(
+                far_ptr + slot * SHAPE.block + place % SHAPE.block, mask=held, other=0.0
+            )
+            # A key without an edge, of a chosen block, may hold anything.
+            present = (chosen >= 0) & (key < end) & (weight != 0)
+            x = load_rows(x_ptr, key, stride, present, SHAPE.features, SHAPE.columns)
             total += tl.where(present, weight.to(tl.float32), 0.0)[:, None] * x.to(tl.float32)
     return total
+
+
+@triton.jit
+def far_product(
+    total,
+    far_ptr,
+    brought_ptr,
+    neighbor_ptr,
+    x_ptr,
+    place,
+    rows,
+    held,
+    end,
+    stride,
+    SHAPE: tl.constexpr,
+):
+    """Adds what far edges bring to rows, or what `blocks.multiply_blocks` made of it.
+
+    `place` is the number of the graph among all, the head, heads of a graph, and rows of a graph.
+    """
+    graph, head, shared, reach = place
+    neighbor_ptr += graph * reach * SHAPE.slots
+    if brought_ptr is not None:
+        width = shared * SHAPE.features
+        brought_ptr += graph * reach * SHAPE.slots * width + head % shared * SHAPE.features
+        return add_blocks(total, brought_ptr, neighbor_ptr, rows, held, width, SHAPE)
+    else:
+        far_ptr += graph * reach * (SHAPE.slots * SHAPE.block)
+        return _gather_product(total, far_ptr, neighbor_ptr, x_ptr, rows, held, end, stride, SHAPE)
 
 
 @triton.jit
@@ -366,11 +417,7 @@ def list_product(
     first_row,
     first_list,
     stride,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Adds what far edges bring to keys from the rows that chose them.
 
@@ -378,23 +425,25 @@ def list_product(
     the rows they come from is taken at once, whichever key each entry is for. `first_row` and
     `first_list` are the numbers of a graph's first row and list among all graphs'.
     """
-    lanes = tl.arange(0, ENTRIES)
-    block = first_list + keys // BLOCK
+    lanes = tl.arange(0, SHAPE.entries)
+    block = first_list + keys // SHAPE.block
     begin = tl.load(start_ptr + block, mask=held, other=0)
     end = tl.load(start_ptr + block + 1, mask=held, other=0)
     low = tl.min(tl.where(held, begin, 2**31 - 1))
     high = tl.max(end)
-    for first in range(low, high, ENTRIES):
+    for first in range(low, high, SHAPE.entries):
         places = first + lanes
         listed = places < high
         edge = tl.load(edge_ptr + places, mask=listed, other=0).to(tl.int64)
-        x = load_rows(x_ptr, edge // SLOTS - first_row, stride, listed, FEATURES, COLUMNS)
+        x = load_rows(
+            x_ptr, edge // SHAPE.slots - first_row, stride, listed, SHAPE.features, SHAPE.columns
+        )
         ours = (places[None, :] >= begin[:, None]) & (places[None, :] < end[:, None])
-        if BLOCK == 1:
+        if SHAPE.block == 1:
             weights = tl.load(far_ptr + edge, mask=listed, other=0.0)
             weights = tl.where(ours, weights[None, :], 0.0)
         else:
-            pointers = far_ptr + edge[None, :] * BLOCK + (keys % BLOCK)[:, None]
+            pointers = far_ptr + edge[None, :] * SHAPE.block + (keys % SHAPE.block)[:, None]
             weights = tl.load(pointers, mask=ours, other=0.0)
         total += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
     return total
@@ -404,6 +453,7 @@ def list_product(
 def _multiply(
     local_ptr,
     gathered_ptr,
+    brought_ptr,
     listed_ptr,
     neighbor_ptr,
     edge_ptr,
@@ -414,31 +464,22 @@ def _multiply(
     reach,
     heads,
     graphs,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     tile, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.num_programs(0)
     graph = entry.to(tl.int64) * graphs + head // (heads // graphs)
-    lanes = tl.arange(0, ROWS)
-    rows = tile * TILE + lanes
-    held = (lanes < TILE) & (rows < size)
-    stride = heads * FEATURES
-    x_ptr = of_head(x_ptr, entry, size, heads, head, FEATURES)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if SPANS > 0:
+    lanes = tl.arange(0, SHAPE.rows)
+    rows = tile * SHAPE.tile + lanes
+    held = (lanes < SHAPE.tile) & (rows < size)
+    stride = heads * SHAPE.features
+    x_ptr = of_head(x_ptr, entry, size, heads, head, SHAPE.features)
+    total = tl.full((SHAPE.rows, SHAPE.columns), 0.0, tl.float32)
+    if SHAPE.spans > 0:
         total = band_product(
             total,
-            local_ptr + graph * tiles * (TILE * SPANS * TILE),
+            local_ptr + graph * tiles * (SHAPE.tile * SHAPE.spans * SHAPE.tile),
             x_ptr,
             None,
             entry,
@@ -447,29 +488,22 @@ def _multiply(
             size,
             size,
             stride,
-            TILE,
-            SPANS,
-            BEFORE,
-            ROWS,
-            FEATURES,
-            COLUMNS,
+            SHAPE,
             TRANSPOSED,
         )
     if gathered_ptr is not None:
-        total = gather_product(
+        total = far_product(
             total,
-            gathered_ptr + graph * reach * (SLOTS * BLOCK),
-            neighbor_ptr + graph * reach * SLOTS,
+            gathered_ptr,
+            brought_ptr,
+            neighbor_ptr,
             x_ptr,
+            (graph, head, heads // graphs, reach),
             rows,
             held,
             size,
             stride,
-            SLOTS,
-            BLOCK,
-            UNROLLED,
-            FEATURES,
-            COLUMNS,
+            SHAPE,
         )
     if listed_ptr is not None:
         total = list_product(
@@ -481,16 +515,12 @@ def _multiply(
             rows,
             held,
             graph * reach,
-            graph * tl.cdiv(reach, BLOCK),
+            graph * tl.cdiv(reach, SHAPE.block),
             stride,
-            SLOTS,
-            BLOCK,
-            ENTRIES,
-            FEATURES,
-            COLUMNS,
+            SHAPE,
         )
-    output_ptr = of_head(output_ptr, entry, size, heads, head, FEATURES)
-    store_rows(output_ptr, rows, stride, held, total, FEATURES, COLUMNS)
+    output_ptr = of_head(output_ptr, entry, size, heads, head, SHAPE.features)
+    store_rows(output_ptr, rows, stride, held, total, SHAPE.features, SHAPE.columns)
 
 
 @triton.jit
@@ -509,12 +539,7 @@ def _band_dot(
     total_ptr,
     size,
     graphs,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     CENTRED: tl.constexpr,
     ADDED: tl.constexpr,
 ):
@@ -525,27 +550,31 @@ def _band_dot(
     tile, span = tl.program_id(0), tl.program_id(1)
     graph, entry = tl.program_id(2) % graphs, tl.program_id(2) // graphs
     tiles = tl.num_programs(0)
-    lanes = tl.arange(0, ROWS)
-    other = tile + span - BEFORE
-    row_ptr = of_head(row_ptr, entry, size, graphs, graph, FEATURES)
-    column_ptr = of_head(column_ptr, entry, size, graphs, graph, FEATURES)
-    stride = graphs * FEATURES
-    rows, keys = tile * TILE + lanes, other * TILE + lanes
-    held, seen = (lanes < TILE) & (rows < size), (lanes < TILE) & (keys < size)
-    product = tl.zeros((ROWS, ROWS), tl.float32)
+    lanes = tl.arange(0, SHAPE.rows)
+    other = tile + span - SHAPE.before
+    row_ptr = of_head(row_ptr, entry, size, graphs, graph, SHAPE.features)
+    column_ptr = of_head(column_ptr, entry, size, graphs, graph, SHAPE.features)
+    stride = graphs * SHAPE.features
+    rows, keys = tile * SHAPE.tile + lanes, other * SHAPE.tile + lanes
+    held, seen = (lanes < SHAPE.tile) & (rows < size), (lanes < SHAPE.tile) & (keys < size)
+    product = tl.full((SHAPE.rows, SHAPE.rows), 0.0, tl.float32)
     if (other >= 0) & (other < tiles):
-        own = tl.zeros((ROWS,), tl.float32)
-        for first in range(0, FEATURES, COLUMNS):
-            x = load_rows(row_ptr, rows, stride, held, FEATURES, COLUMNS, first)
-            y = load_rows(column_ptr, keys, stride, seen, FEATURES, COLUMNS, first)
+        own = tl.full((SHAPE.rows,), 0.0, tl.float32)
+        for first in range(0, SHAPE.features, SHAPE.columns):
+            x = load_rows(row_ptr, rows, stride, held, SHAPE.features, SHAPE.columns, first)
+            y = load_rows(column_ptr, keys, stride, seen, SHAPE.features, SHAPE.columns, first)
             product += tl.dot(x, tl.trans(y), input_precision="ieee")
             if CENTRED:
-                own += _own_dot(x, column_ptr, rows, stride, held, FEATURES, COLUMNS, first)
+                own += _own_dot(
+                    x, column_ptr, rows, stride, held, SHAPE.features, SHAPE.columns, first
+                )
         product -= own[:, None]
-    offset = (tl.program_id(2).to(tl.int64) * tiles + tile) * (TILE * SPANS * TILE)
-    pointers = total_ptr + offset + span * TILE
-    pointers += lanes[:, None] * (SPANS * TILE) + lanes[None, :]
-    mask = (lanes < TILE)[:, None] & (lanes < TILE)[None, :]
+    offset = (tl.program_id(2).to(tl.int64) * tiles + tile) * (
+        SHAPE.tile * SHAPE.spans * SHAPE.tile
+    )
+    pointers = total_ptr + offset + span * SHAPE.tile
+    pointers += lanes[:, None] * (SHAPE.spans * SHAPE.tile) + lanes[None, :]
+    mask = (lanes < SHAPE.tile)[:, None] & (lanes < SHAPE.tile)[None, :]
     if ADDED:
         product += tl.load(pointers, mask=mask, other=0.0)
     tl.store(pointers, product, mask=mask)
@@ -560,40 +589,36 @@ def _far_dot(
     size,
     reach,
     graphs,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     CENTRED: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     """As `_band_dot` on far edges, in place of adding."""
     graph, entry = tl.program_id(1), tl.program_id(2)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * SHAPE.rows + tl.arange(0, SHAPE.rows)
     inside = rows < size
-    row_ptr = of_head(row_ptr, entry, size, graphs, graph, FEATURES)
-    column_ptr = of_head(column_ptr, entry, size, graphs, graph, FEATURES)
-    stride = graphs * FEATURES
+    row_ptr = of_head(row_ptr, entry, size, graphs, graph, SHAPE.features)
+    column_ptr = of_head(column_ptr, entry, size, graphs, graph, SHAPE.features)
+    stride = graphs * SHAPE.features
     begin = (entry.to(tl.int64) * graphs + graph) * reach + rows
-    lanes, features = tl.arange(0, UNROLLED), tl.arange(0, COLUMNS)
-    for place in range(0, SLOTS * BLOCK, UNROLLED):
+    lanes, features = tl.arange(0, SHAPE.unrolled), tl.arange(0, SHAPE.columns)
+    for place in range(0, SHAPE.slots * SHAPE.block, SHAPE.unrolled):
         edges = place + lanes
-        slots = begin[:, None] * SLOTS + (edges // BLOCK)[None, :]
+        slots = begin[:, None] * SHAPE.slots + (edges // SHAPE.block)[None, :]
         chosen = tl.load(neighbor_ptr + slots, mask=inside[:, None], other=-1)
-        keys = chosen * BLOCK + (edges % BLOCK)[None, :]
+        keys = chosen * SHAPE.block + (edges % SHAPE.block)[None, :]
         present = (chosen >= 0) & (keys < size)
-        product = tl.zeros((ROWS, UNROLLED), tl.float32)
-        own = tl.zeros((ROWS,), tl.float32)
-        for first in range(0, FEATURES, COLUMNS):
-            x = load_rows(row_ptr, rows, stride, inside, FEATURES, COLUMNS, first)
-            within = present[:, :, None] & (first + features < FEATURES)[None, None, :]
+        product = tl.full((SHAPE.rows, SHAPE.unrolled), 0.0, tl.float32)
+        own = tl.full((SHAPE.rows,), 0.0, tl.float32)
+        for first in range(0, SHAPE.features, SHAPE.columns):
+            x = load_rows(row_ptr, rows, stride, inside, SHAPE.features, SHAPE.columns, first)
+            within = present[:, :, None] & (first + features < SHAPE.features)[None, None, :]
             pointers = column_ptr + keys.to(tl.int64)[:, :, None] * stride + first
             y = tl.load(pointers + features[None, None, :], mask=within, other=0.0)
             product += tl.sum(x.to(tl.float32)[:, None, :] * y.to(tl.float32), 2)
             if CENTRED:
-                own += _own_dot(x, column_ptr, rows, stride, inside, FEATURES, COLUMNS, first)
+                own += _own_dot(
+                    x, column_ptr, rows, stride, inside, SHAPE.features, SHAPE.columns, first
+                )
         product -= own[:, None]
-        pointers = output_ptr + begin[:, None] * (SLOTS * BLOCK) + edges[None, :]
+        pointers = output_ptr + begin[:, None] * (SHAPE.slots * SHAPE.block) + edges[None, :]
         tl.store(pointers, product, mask=(rows < reach)[:, None])

@@ -63,3 +63,11 @@ def is_watched():
     """Whether somebody, such as a profiler, wants to be told of each launch."""
     hook = triton.knobs.runtime.launch_enter_hook  # a chain of hooks, most often an empty one
     return bool(getattr(hook, "calls", hook))
+
+
+def next_power_of_2(x):
+    return 1 << (x - 1).bit_length()
+
+
+def ceil_div(x, y):
+    return (x + y - 1) // y

@@ -1,4 +1,4 @@
-"""Vectors as the stages' kernels take them: unit vectors, and where a sequence stops being finite.
+"""Vectors as the kernels take them: unit vectors, and where a sequence stops being finite.
 
 All of these kernels read tensors `(B, S, N, F)`, each token's heads side by side.
 """
@@ -11,8 +11,7 @@ import triton.language as tl
 
 from keras_rwr import _tensors
 from keras_rwr.backends.torch.operators import define, refuse_second_derivative
-from keras_rwr.backends.torch.plan import ceil_div, next_power_of_2
-from keras_rwr.backends.torch.run import run
+from keras_rwr.backends.torch.run import ceil_div, next_power_of_2, run
 from keras_rwr.backends.torch.tiles import (
     LONGEST_SCALE,
     PADDING,
@@ -71,13 +70,16 @@ def unit(vectors):
 def contain(vectors, tokens, options):
     """See `keras_rwr._heads.contain_vectors`.
 
-    Nothing is copied: kernels load zeros at padding, and from a sequence's end on, and no output
-    behind the end is a number. The end is at the first value, or vector of the graph, that is not
-    finite; LOCAL itself looks at its queries and keys.
+    Padding becomes zeros, so that products of what stands there are 0 in gradients too. What is not
+    finite stays: kernels load zeros from a sequence's end on, and no output behind the end is a
+    number. The end is at the first value, or vector of the graph, that is not finite; LOCAL itself
+    looks at its queries and keys.
     """
     kinds = {x.dtype for x in vectors[:3]}
     if len(kinds) > 1:
         vectors = [None if x is None else x.float() for x in vectors]
+    if tokens.has_padding:
+        vectors = [None if x is None else torch.where(tokens.real, x, 0.0) for x in vectors]
     if not tokens.is_causal:
         return vectors, tokens, None
     query, key, value, *graph = vectors

@@ -17,22 +17,22 @@ import triton
 import triton.language as tl
 
 from keras_rwr import _walk
+from keras_rwr._tensors import repeat_heads
+from keras_rwr.backends.torch import blocks
 from keras_rwr.backends.torch.local import token_labels
 from keras_rwr.backends.torch.operators import define, refuse_second_derivative
-from keras_rwr.backends.torch.plan import ceil_div
 from keras_rwr.backends.torch.product import (
-    band_constants,
     band_dot,
     band_product,
-    far_constants,
     far_dot,
-    feature_constants,
-    gather_product,
+    far_product,
     list_edges,
     list_product,
     make_matmul,
+    shape_of,
+    warps_of,
 )
-from keras_rwr.backends.torch.run import run
+from keras_rwr.backends.torch.run import ceil_div, next_power_of_2, run
 from keras_rwr.backends.torch.tiles import (
     PADDING,
     load_end,
@@ -49,25 +49,47 @@ _STEP, _ADJOINT_STEP = 128, 256
 
 def walk(graph, value, hop_weights, options, local):
     """See `keras_rwr._walk.walk`."""
-    matrix = graph.transition
-    if matrix.back is not None or options.is_reciprocal:
+    has_logarithms = graph.log_weights is not None
+    if graph.transition.back is not None or (options.is_reciprocal and has_logarithms):
         value = blank(value, graph.tokens)
         output = _walk.walk(graph, value, hop_weights, options, local, make_matmul())
         return torch.where(graph.tokens.real, output, 0.0)
-    batch, _, size, _ = local.shape
+    if not options.is_reciprocal:
+        return _walk_forward(graph, value, hop_weights, local)
+    beta = options.reciprocal_beta
+    forward = _walk_forward(graph, value, beta * hop_weights, local)
+    # B^t is P^t with its rows times pi and its columns divided by it. Rows are divided by their
+    # sums, so that pi of the row itself does not matter.
+    mass, shares = _walk.shares_of_hops(hop_weights, options)
+    log_stationary = blank(graph.tiling.cut(graph.log_stationary()), graph.tokens)
+    inverse = torch.exp(-log_stationary).to(value.dtype)
+    scaled = value * repeat_heads(inverse, value.shape[1])
+    shares = shares.expand(1, local.shape[1], -1, -1)
+    # These values differ by orders of magnitude: a token's own is no centre.
+    total = _walk_forward(graph, scaled, shares, centred=False)
+    sums = _walk_forward(graph, inverse, shares, centred=False)
+    sums = torch.where(graph.tokens.real, sums, 1.0) if graph.tokens.has_padding else sums
+    return forward + (1.0 - beta) * mass * total / sums
+
+
+def _walk_forward(graph, value, hop_weights, local=None, centred=True):
+    """`local + sum_t theta_t P^t V`."""
+    matrix, batch = graph.transition, value.shape[0]
+    heads = hop_weights.shape[1] if local is None else local.shape[1]
     far, neighbors = matrix.far, matrix.neighbors
     output = _Walk.apply(
         token_major(value),
         matrix.local.contiguous(),
         None if far is None else far.contiguous(),
-        _every_row(hop_weights, batch, local.shape[1], size),
-        token_major(local),
+        _every_row(hop_weights, batch, heads, value.shape[2]),
+        None if local is None else token_major(local),
         None if neighbors is None else neighbors.contiguous(),
         *(matrix.lists or (None, None)),
         token_labels(graph.tokens, batch),
         graph.tokens.ends,
         matrix.tiling.before,
         matrix.block,
+        centred,
     )
     return output.transpose(1, 2)
 
@@ -83,13 +105,26 @@ def _every_row(hop_weights, batch, heads, size):
 class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, value, band, far, theta, local, neighbors, edges, starts, labels, ends, before, block
+        ctx,
+        value,
+        band,
+        far,
+        theta,
+        local,
+        neighbors,
+        edges,
+        starts,
+        labels,
+        ends,
+        before,
+        block,
+        centred,
     ):
         output, states = _steps(
-            value, band, far, theta, local, neighbors, labels, ends, before, block
+            value, band, far, theta, local, neighbors, edges, starts, labels, ends, before, block
         )
         ctx.save_for_backward(value, band, far, theta, neighbors, edges, starts, labels, states)
-        ctx.options = before, block
+        ctx.options, ctx.adds = (before, block, centred), local is not None
         return output
 
     @staticmethod
@@ -105,24 +140,31 @@ class _Walk(torch.autograd.Function):
             band_gradient,
             None if tensors[2] is None else far_gradient,
             theta_gradient,
-            cotangent,
-            *[None] * 7,
+            cotangent if ctx.adds else None,
+            *[None] * 8,
         )
 
 
-def _run_steps(value, band, far, theta, local, neighbors, labels, ends, before, block):
+def _run_steps(
+    value, band, far, theta, local, neighbors, edges, starts, labels, ends, before, block
+):
     output, states = _steps_outputs(value, band, far, theta, local)
-    steps = theta.shape[3] - 1
+    query_heads, steps = theta.shape[2], theta.shape[3] - 1
     batch, size, heads, _ = value.shape
-    wide, constants = _constants(_STEP, value, band, neighbors, local.shape[2], before, block)
+    wide, constants = _constants(_STEP, value, band, neighbors, query_heads, before, block)
     x = value
     for t in range(1, steps + 1):
         last = t == steps
+        brought = None
+        if edges is not None and block >= blocks.SMALLEST:
+            lists = neighbors, edges, starts
+            brought = blocks.multiply_blocks(far, x, *lists, block, labels, ends)
         run(
             _step,
             (band.shape[2], heads // wide, batch),
             band,
             far,
+            brought,
             neighbors,
             x,
             labels,
@@ -136,7 +178,7 @@ def _run_steps(value, band, far, theta, local, neighbors, labels, ends, before, 
             size,
             heads // wide,
             band.shape[1],
-            local.shape[2] // wide,
+            query_heads // wide,
             *theta.stride()[:3],
             STEPS=steps,
             **constants,
@@ -151,21 +193,30 @@ def _constants(width, value, band, neighbors, query_heads, before, block):
     wide = 1
     if query_heads == heads and features & (features - 1) == 0:
         wide = math.gcd(max(1, width // (features * value.itemsize)), heads // band.shape[1])
-    return wide, {
-        **band_constants(band, before, size),
-        **far_constants(neighbors, block),
-        **feature_constants(wide * features, value.itemsize),
-        "WIDE": wide,
-    }
+    shape = shape_of(band, neighbors, before, block, size, wide * features)
+    warps = warps_of(shape, value.itemsize)
+    return wide, {"SHAPE": shape, "WIDE": wide, "num_warps": warps}
 
 
 def _steps_outputs(value, band, far, theta, local, *others):
     states = value.new_empty((theta.shape[3] - 1, *value.shape))
-    return torch.empty_like(local), states
+    return value.new_empty((*theta.shape[:3], value.shape[3])), states
 
 
 def _run_adjoint_steps(
-    cotangent, value, band, far, theta, neighbors, edges, starts, labels, states, before, block
+    cotangent,
+    value,
+    band,
+    far,
+    theta,
+    neighbors,
+    edges,
+    starts,
+    labels,
+    states,
+    before,
+    block,
+    centred,
 ):
     outputs = _adjoint_outputs(cotangent, value, band, far, theta)
     value_gradient, band_gradient, far_gradient, theta_gradient = outputs
@@ -188,16 +239,18 @@ def _run_adjoint_steps(
         *theta.stride()[:3],
         STEPS=steps,
         ROWS=64,
-        **feature_constants(features, value.itemsize),
+        FEATURES=features,
+        COLUMNS=max(next_power_of_2(features), 16),
+        num_warps=4 if features * value.itemsize <= 256 else 8,
     )
     if neighbors is not None and edges is None:
         edges, starts = list_edges(neighbors, block)
     wide, constants = _constants(_ADJOINT_STEP, value, band, neighbors, heads, before, block)
     for t in range(steps, 0, -1):
         x = value if t == 1 else states[t - 2]
-        band_dot(band_gradient, adjoint, x, before, True, t < steps)
+        band_dot(band_gradient, adjoint, x, before, centred, t < steps)
         if far is not None:
-            dots = far_dot(adjoint, x, neighbors, block, True)
+            dots = far_dot(adjoint, x, neighbors, edges, starts, block, centred)
             far_gradient = dots if t == steps else far_gradient + dots
         moved = value_gradient if t == 1 else torch.empty_like(value)
         run(
@@ -235,15 +288,16 @@ def _adjoint_outputs(cotangent, value, band, far, theta, *others):
 
 
 _steps = define(
-    "walk(Tensor value, Tensor band, Tensor? far, Tensor theta, Tensor local, Tensor? neighbors, "
-    "Tensor? labels, Tensor? ends, int before, int block) -> (Tensor, Tensor)",
+    "walk(Tensor value, Tensor band, Tensor? far, Tensor theta, Tensor? local, Tensor? neighbors, "
+    "Tensor? edges, Tensor? starts, Tensor? labels, Tensor? ends, int before, int block) "
+    "-> (Tensor, Tensor)",
     _run_steps,
     _steps_outputs,
 )
 _adjoint_steps = define(
     "walk_gradients(Tensor cotangent, Tensor value, Tensor band, Tensor? far, Tensor theta, "
     "Tensor? neighbors, Tensor? edges, Tensor? starts, Tensor? labels, Tensor states, int before, "
-    "int block) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int block, bool centred) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_adjoint_steps,
     _adjoint_outputs,
 )
@@ -276,6 +330,7 @@ def _times_theta(
 def _step(
     band_ptr,
     far_ptr,
+    brought_ptr,
     neighbor_ptr,
     x_ptr,
     label_ptr,
@@ -293,16 +348,7 @@ def _step(
     theta_batch,
     theta_row,
     theta_head,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     WIDE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -310,15 +356,15 @@ def _step(
     tile, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.num_programs(0)
     graph = entry.to(tl.int64) * graphs + head // (heads // graphs)
-    lanes = tl.arange(0, ROWS)
-    rows = tile * TILE + lanes
-    held = (lanes < TILE) & (rows < size)
-    stride = heads * FEATURES
+    lanes = tl.arange(0, SHAPE.rows)
+    rows = tile * SHAPE.tile + lanes
+    held = (lanes < SHAPE.tile) & (rows < size)
+    stride = heads * SHAPE.features
     end = load_end(end_ptr, entry, size)
-    x_ptr = of_head(x_ptr, entry, size, heads, head, FEATURES)
+    x_ptr = of_head(x_ptr, entry, size, heads, head, SHAPE.features)
     total = band_product(
-        tl.zeros((ROWS, COLUMNS), tl.float32),
-        band_ptr + graph * tiles * (TILE * SPANS * TILE),
+        tl.full((SHAPE.rows, SHAPE.columns), 0.0, tl.float32),
+        band_ptr + graph * tiles * (SHAPE.tile * SHAPE.spans * SHAPE.tile),
         x_ptr,
         label_ptr,
         entry,
@@ -327,56 +373,57 @@ def _step(
         size,
         end,
         stride,
-        TILE,
-        SPANS,
-        BEFORE,
-        ROWS,
-        FEATURES,
-        COLUMNS,
+        SHAPE,
         False,
     )
     if far_ptr is not None:
-        total = gather_product(
+        total = far_product(
             total,
-            far_ptr + graph * tiles * (TILE * SLOTS * BLOCK),
-            neighbor_ptr + graph * tiles * (TILE * SLOTS),
+            far_ptr,
+            brought_ptr,
+            neighbor_ptr,
             x_ptr,
+            (graph, head, heads // graphs, tiles * SHAPE.tile),
             rows,
             held,
             end,
             stride,
-            SLOTS,
-            BLOCK,
-            UNROLLED,
-            FEATURES,
-            COLUMNS,
+            SHAPE,
         )
-    state_ptr = of_head(state_ptr, entry, size, heads, head, FEATURES)
-    store_rows(state_ptr, rows, stride, held, total, FEATURES, COLUMNS)
+    state_ptr = of_head(state_ptr, entry, size, heads, head, SHAPE.features)
+    store_rows(state_ptr, rows, stride, held, total, SHAPE.features, SHAPE.columns)
     if output_ptr is not None:
         real = load_labels(label_ptr, entry, size, rows, size) != PADDING
         present = held & real & (rows < end)
-        value_ptr = of_head(value_ptr, entry, size, heads, head, FEATURES)
-        states_ptr = of_head(states_ptr, entry, size, heads, head, FEATURES)
+        value_ptr = of_head(value_ptr, entry, size, heads, head, SHAPE.features)
+        states_ptr = of_head(states_ptr, entry, size, heads, head, SHAPE.features)
         states_stride = tl.num_programs(2).to(tl.int64) * size * stride
         shared = query_heads // heads
         for member in range(shared):
             query_head = head * shared + member
-            row_of_head = query_heads * FEATURES
-            local_of_head = of_head(local_ptr, entry, size, query_heads, query_head, FEATURES)
-            output = load_rows(local_of_head, rows, row_of_head, held, FEATURES, COLUMNS)
-            output = output.to(tl.float32)
+            row_of_head = query_heads * SHAPE.features
+            output = tl.full((SHAPE.rows, SHAPE.columns), 0.0, tl.float32)
+            if local_ptr is not None:
+                local_of_head = of_head(
+                    local_ptr, entry, size, query_heads, query_head, SHAPE.features
+                )
+                local = load_rows(
+                    local_of_head, rows, row_of_head, held, SHAPE.features, SHAPE.columns
+                )
+                output += local.to(tl.float32)
             for t in tl.static_range(STEPS + 1):
                 if t == 0:
-                    state = load_rows(value_ptr, rows, stride, present, FEATURES, COLUMNS)
+                    state = load_rows(
+                        value_ptr, rows, stride, present, SHAPE.features, SHAPE.columns
+                    )
                 elif t < STEPS:
                     state = load_rows(
                         states_ptr + (t - 1) * states_stride,
                         rows,
                         stride,
                         present,
-                        FEATURES,
-                        COLUMNS,
+                        SHAPE.features,
+                        SHAPE.columns,
                     )
                 else:
                     state = total
@@ -393,8 +440,12 @@ def _step(
                     t,
                     WIDE,
                 )
-            output_of_head = of_head(output_ptr, entry, size, query_heads, query_head, FEATURES)
-            store_rows(output_of_head, rows, row_of_head, held, output, FEATURES, COLUMNS)
+            output_of_head = of_head(
+                output_ptr, entry, size, query_heads, query_head, SHAPE.features
+            )
+            store_rows(
+                output_of_head, rows, row_of_head, held, output, SHAPE.features, SHAPE.columns
+            )
 
 
 @triton.jit
@@ -480,31 +531,22 @@ def _adjoint_step(
     theta_row,
     theta_head,
     t,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """G^t of a tile from G^(t+1)."""
     tile, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.num_programs(0)
     graph = entry.to(tl.int64) * graphs + head // (heads // graphs)
-    lanes = tl.arange(0, ROWS)
-    rows = tile * TILE + lanes
-    held = (lanes < TILE) & (rows < size)
+    lanes = tl.arange(0, SHAPE.rows)
+    rows = tile * SHAPE.tile + lanes
+    held = (lanes < SHAPE.tile) & (rows < size)
     real = held & (load_labels(label_ptr, entry, size, rows, size) != PADDING)
-    stride = heads * FEATURES
-    x_ptr = of_head(x_ptr, entry, size, heads, head, FEATURES)
+    stride = heads * SHAPE.features
+    x_ptr = of_head(x_ptr, entry, size, heads, head, SHAPE.features)
     total = band_product(
-        tl.zeros((ROWS, COLUMNS), tl.float32),
-        band_ptr + graph * tiles * (TILE * SPANS * TILE),
+        tl.full((SHAPE.rows, SHAPE.columns), 0.0, tl.float32),
+        band_ptr + graph * tiles * (SHAPE.tile * SHAPE.spans * SHAPE.tile),
         x_ptr,
         label_ptr,
         entry,
@@ -513,16 +555,11 @@ def _adjoint_step(
         size,
         size,
         stride,
-        TILE,
-        SPANS,
-        BEFORE,
-        ROWS,
-        FEATURES,
-        COLUMNS,
+        SHAPE,
         True,
     )
     if far_ptr is not None:
-        reach = tiles * TILE
+        reach = tiles * SHAPE.tile
         total = list_product(
             total,
             far_ptr,
@@ -532,20 +569,23 @@ def _adjoint_step(
             rows,
             held,
             graph * reach,
-            graph * tl.cdiv(reach, BLOCK),
+            graph * tl.cdiv(reach, SHAPE.block),
             stride,
-            SLOTS,
-            BLOCK,
-            ENTRIES,
-            FEATURES,
-            COLUMNS,
+            SHAPE,
         )
     shared = query_heads // heads
     for member in range(shared):
         query_head = head * shared + member
-        cotangent_of_head = of_head(cotangent_ptr, entry, size, query_heads, query_head, FEATURES)
+        cotangent_of_head = of_head(
+            cotangent_ptr, entry, size, query_heads, query_head, SHAPE.features
+        )
         cotangent = load_rows(
-            cotangent_of_head, rows, query_heads * FEATURES, real, FEATURES, COLUMNS
+            cotangent_of_head,
+            rows,
+            query_heads * SHAPE.features,
+            real,
+            SHAPE.features,
+            SHAPE.columns,
         )
         total += _times_theta(
             cotangent,
@@ -561,5 +601,5 @@ def _adjoint_step(
             WIDE,
         )
     total = tl.where(real[:, None], total, 0.0)
-    output_ptr = of_head(output_ptr, entry, size, heads, head, FEATURES)
-    store_rows(output_ptr, rows, stride, held, total, FEATURES, COLUMNS)
+    output_ptr = of_head(output_ptr, entry, size, heads, head, SHAPE.features)
+    store_rows(output_ptr, rows, stride, held, total, SHAPE.features, SHAPE.columns)

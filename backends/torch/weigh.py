@@ -5,6 +5,7 @@ goes over its edges twice: for the sums of the rows, then for what the entries b
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,18 +14,16 @@ import triton.language as tl
 from keras_rwr import _weigh
 from keras_rwr._sparse import SparseMatrix
 from keras_rwr._tiling import Tiling
+from keras_rwr.backends.torch import blocks
 from keras_rwr.backends.torch.local import token_labels
 from keras_rwr.backends.torch.operators import define, refuse_second_derivative
-from keras_rwr.backends.torch.plan import next_power_of_2
 from keras_rwr.backends.torch.product import (
     FarDot,
-    band_constants,
-    far_constants,
     far_dot,
     list_edges,
     multiply,
 )
-from keras_rwr.backends.torch.run import run
+from keras_rwr.backends.torch.run import next_power_of_2, run
 from keras_rwr.backends.torch.tiles import (
     LOG2E,
     NEVER,
@@ -38,7 +37,9 @@ from keras_rwr.backends.torch.tiles import (
 from keras_rwr.backends.torch.vectors import blank, token_major
 
 _TILE, _WARPS = 64, 4
+_TOGETHER = 8  # far edges of a row that are looked at together
 _LARGEST_ISOLATED = tl.constexpr(math.log(_weigh.ISOLATED))
+_LOG2 = tl.constexpr(math.log(2.0))
 _NO_EDGE = tl.constexpr(0.5 * NEVER.value)
 _NO_CUT = -2.0  # below any cosine
 
@@ -47,8 +48,9 @@ def weigh(
     graph_query, graph_key, neighbors, tokens, options, concentration, bias=None, block_size=None
 ):
     """See `keras_rwr._weigh.weigh`; the vectors are `UnitVectors`."""
-    block_size = _TILE if block_size is None else block_size
-    if options.reversible:  # the sums of its rows are of the portable stage
+    if block_size is None:
+        block_size = _largest_tile(graph_query.rows, options.reversible)
+    if not _serves(graph_query.rows, tokens, options):
         return _weigh.weigh(
             graph_query.dense(tokens),
             graph_key.dense(tokens),
@@ -65,7 +67,8 @@ def weigh(
     if neighbors is not None:
         neighbors = tiling.pad(neighbors, -1).contiguous()
     lists = None
-    if neighbors is not None and torch.is_grad_enabled():  # for the backward pass
+    by_lists = torch.is_grad_enabled() or options.neighbor_block >= blocks.SMALLEST
+    if neighbors is not None and by_lists:
         lists = list_edges(neighbors, options.neighbor_block)
     tensors = (neighbors, *(lists or (None, None)), token_labels(tokens, len(query)))
     local, far, log_degree, isolated = _Weigh.apply(
@@ -85,6 +88,7 @@ def weigh(
         options.edge_weight == "exponential",
         options.self_edges,
         tokens.is_causal,
+        options.reversible,
     )
     far = None if neighbors is None else far
     return _weigh.SparseGraph(
@@ -96,6 +100,23 @@ def weigh(
         bias=None if bias is None else tiling.pad(bias),
         isolated=isolated[..., None],
     )
+
+
+def _largest_tile(query, reversible):
+    """Tokens in a tile: long vectors, and those of both ways, leave less room."""
+    size = query.shape[3] * query.itemsize * (2 if reversible else 1)
+    return _TILE if size <= 512 else max(16, _TILE * 512 // next_power_of_2(size))
+
+
+def _serves(query, tokens, options):
+    """Whether a kernel makes P: it has no edges from key to query and no logarithms of weights."""
+    if not options.reversible:
+        return True
+    if not tokens.is_causal:
+        return False
+    # The scales of exponential edges, and the range of float16, leave no 1 / pi of numbers.
+    narrow = options.edge_weight == "exponential" or query.dtype == torch.float16
+    return not (options.is_reciprocal and narrow)
 
 
 def _dot(query, blocks, key, block):
@@ -110,16 +131,17 @@ class _Weigh(torch.autograd.Function):
         local, far, log_degree, isolated = _weigh_edges(*tensors, *options)
         ctx.save_for_backward(*tensors, log_degree, isolated)
         ctx.options = options
-        ctx.mark_non_differentiable(log_degree, isolated)
+        ctx.mark_non_differentiable(isolated)
         return local, far, log_degree, isolated
 
     @staticmethod
-    def backward(ctx, local, far, *_):
+    def backward(ctx, *cotangents):
         refuse_second_derivative()
         tensors = ctx.saved_tensors
-        gradients = _weigh_gradients(local.contiguous(), far.contiguous(), *tensors, *ctx.options)
+        cotangents = [x.contiguous() for x in cotangents[:3]]
+        gradients = _weigh_gradients(*cotangents, *tensors, *ctx.options)
         query, key, bias, concentration = gradients
-        return query, key, None if tensors[2] is None else bias, concentration, *[None] * 15
+        return query, key, None if tensors[2] is None else bias, concentration, *[None] * 16
 
 
 _TENSORS = (
@@ -128,15 +150,16 @@ _TENSORS = (
 )
 _OPTIONS = (
     "int tile, int before, int after, int window, int block, float cut, bool exponential, "
-    "bool self_edges, bool is_causal"
+    "bool self_edges, bool is_causal, bool reversible"
 )
 
 
 def _run_weigh(query, key, bias, concentration, query_scales, key_scales, *others):
-    neighbors, _, _, labels, *options = others
+    neighbors, *lists, labels = others[:4]
+    options = others[4:]
     tensors = (query, query_scales, key, key_scales, bias, concentration, labels, neighbors)
     outputs = _weigh_outputs(query, key, bias, concentration, query_scales, key_scales, *others)
-    dots = None if neighbors is None else far_dot(query, key, neighbors, options[4], False)
+    dots = None if neighbors is None else far_dot(query, key, neighbors, *lists, options[4], False)
     grid, constants = _settings(query, neighbors, outputs[0], options)
     run(_weigh_kernel, grid, *tensors, dots, *outputs, query.shape[1], **constants)
     return outputs
@@ -156,18 +179,24 @@ def _weigh_outputs(query, key, bias, concentration, query_scales, key_scales, *o
     )
 
 
-def _run_weigh_gradients(local, far, query, key, bias, concentration, *others):
+def _run_weigh_gradients(local, far, degree, query, key, bias, concentration, *others):
     query_scales, key_scales, neighbors, *lists, labels, log_degree, isolated = others[:8]
     options = others[8:]
     tensors = (query, query_scales, key, key_scales, bias, concentration, labels, neighbors)
-    before, block = options[1], options[4]
-    dots = None if neighbors is None else far_dot(query, key, neighbors, block, False)
+    before, block, reversible = options[1], options[4], options[9]
+    dots = None if neighbors is None else far_dot(query, key, neighbors, *lists, block, False)
     grid, constants = _settings(query, neighbors, local, options)
     # What reaches cosines, times the scale of the query; and with a bias what reaches logits.
     slopes = [query.new_empty(x.shape) for x in (local, far)]
     passed = [
         None if bias is None else x.new_empty(x.shape, dtype=torch.float32) for x in (local, far)
     ]
+    # Both ways: what reaches the cosines of keys and the queries near them.
+    mirrored, own_gradient = None, None
+    if reversible:
+        mirrored, own_gradient = torch.empty_like(slopes[0]), torch.empty_like(key)
+    # The same of far edges, times the scale of the key.
+    far_slopes = torch.empty_like(slopes[1])
     query_gradient = torch.empty_like(query)
     sharpness = query.new_empty(grid, dtype=torch.float32)
     run(
@@ -179,9 +208,13 @@ def _run_weigh_gradients(local, far, query, key, bias, concentration, *others):
         isolated,
         local,
         far,
+        degree,
         *slopes,
+        far_slopes,
+        mirrored,
         *passed,
         query_gradient,
+        own_gradient,
         sharpness,
         query.shape[1],
         **constants,
@@ -192,6 +225,13 @@ def _run_weigh_gradients(local, far, query, key, bias, concentration, *others):
         return multiply(local, None, far, x, neighbors, *lists, before, block, True)
 
     key_gradient = sums_of_columns(*slopes, query)
+    if neighbors is not None:
+        query_gradient += multiply(
+            None, far_slopes, None, key, neighbors, *lists, before, block, False
+        )
+    if reversible:
+        key_gradient += own_gradient
+        query_gradient += multiply(mirrored, None, None, key, None, None, None, before, 1, True)
     bias_gradient = query.new_empty((0,))
     if bias is not None:
         ones = torch.ones((*query.shape[:3], 1), device=query.device)
@@ -199,7 +239,7 @@ def _run_weigh_gradients(local, far, query, key, bias, concentration, *others):
     return query_gradient, key_gradient, bias_gradient, sharpness.sum((0, 2))
 
 
-def _weigh_gradient_outputs(local, far, query, key, bias, concentration, *others):
+def _weigh_gradient_outputs(local, far, degree, query, key, bias, concentration, *others):
     return (
         torch.empty_like(query),
         torch.empty_like(key),
@@ -214,155 +254,190 @@ _weigh_edges = define(
     _weigh_outputs,
 )
 _weigh_gradients = define(
-    f"weigh_gradients(Tensor local, Tensor far, {_TENSORS}, Tensor log_degree, Tensor isolated, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"weigh_gradients(Tensor local, Tensor far, Tensor degree, {_TENSORS}, Tensor log_degree, "
+    f"Tensor isolated, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_weigh_gradients,
     _weigh_gradient_outputs,
 )
 
 
+class Kind(NamedTuple):
+    """What is known of edges when kernels are compiled; see `band_constants` and `Options`."""
+
+    tile: int
+    rows: int
+    spans: int
+    before: int
+    slots: int
+    block: int
+    together: int
+    features: int
+    vector: int
+    window: int
+    cut: float
+    exponential: bool
+    self_edges: bool
+    causal: bool
+    reversible: bool
+
+
 def _settings(query, neighbors, local, options):
     """The grid and the constants of both kernels."""
-    _, before, _, window, block, cut, exponential, self_edges, is_causal = options
-    batch, size, graphs, features = query.shape
-    return (local.shape[2], graphs, batch), {
-        **band_constants(local, before, size),
-        **far_constants(neighbors, block),
-        "FEATURES": features,
-        "VECTOR": max(next_power_of_2(features), 16),
-        "WINDOW": window,
-        "CUT": cut,
-        "EXPONENTIAL": exponential,
-        "SELF_EDGES": self_edges,
-        "CAUSAL": is_causal,
-        "num_warps": _WARPS if features * query.itemsize <= 128 else 2 * _WARPS,
-    }
+    tile, before, _, window, block, *others = options
+    batch, _, graphs, features = query.shape
+    slots = 0 if neighbors is None else neighbors.shape[3]
+    kind = Kind(
+        tile,
+        max(next_power_of_2(tile), 16),
+        local.shape[4] // tile,
+        before,
+        slots,
+        block,
+        math.gcd(slots * block, _TOGETHER),
+        features,
+        max(next_power_of_2(features), 16),
+        window,
+        *others,
+    )
+    warps = _WARPS if features * query.itemsize <= 128 and not kind.reversible else 2 * _WARPS
+    return (local.shape[2], graphs, batch), {"KIND": kind, "num_warps": warps}
 
 
 @triton.jit
-def _log_weight(cosine, is_edge, sharpness, CUT: tl.constexpr, EXPONENTIAL: tl.constexpr):
+def _log_weight(cosine, is_edge, sharpness, KIND: tl.constexpr):
     """The logarithm of f(c) on edges, NEVER elsewhere."""
-    is_edge = is_edge & (cosine > CUT)
-    if EXPONENTIAL:
+    is_edge = is_edge & (cosine > KIND.cut)
+    if KIND.exponential:
         logarithm = sharpness * (cosine - 1.0)
     else:
-        logarithm = tl.log(tl.where(is_edge, cosine - (CUT if CUT < 0 else 0.0), 1.0))
+        logarithm = tl.log(tl.where(is_edge, cosine - (KIND.cut if KIND.cut < 0 else 0.0), 1.0))
     return tl.where(is_edge, logarithm, NEVER)
 
 
 @triton.jit
-def _slope(
-    passed, cosine, is_edge, sharpness, counted, CUT: tl.constexpr, EXPONENTIAL: tl.constexpr
-):
-    """The gradient of cosines from that of logits, by the derivative of `log f`."""
-    if EXPONENTIAL:
+def _slope(passed, cosine, sharpness, counted, KIND: tl.constexpr):
+    """The gradient of cosines from that of `log f`, which is 0 where there is no edge."""
+    if KIND.exponential:
         return passed * sharpness
     else:
-        return passed * counted / tl.where(is_edge, cosine - (CUT if CUT < 0 else 0.0), 1.0)
+        cosine -= KIND.cut if KIND.cut < 0 else 0.0
+        return tl.where(passed != 0, passed * counted / tl.where(passed != 0, cosine, 1.0), 0.0)
 
 
 @triton.jit
-def _band_edges(
-    queries,
-    keys,
-    place,
-    other,
-    sharpness,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CUT: tl.constexpr,
-    EXPONENTIAL: tl.constexpr,
-    SELF_EDGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """Of a tile's edges to one tile of keys: logits, cosines, the keys and their scales.
-
-    `queries`, `keys` and `place` are what `_weigh_kernel` makes.
-    """
-    query, query_scale, rows, labels = queries
-    key_ptr, key_scale_ptr, bias_ptr, label_ptr, _, _ = keys
+def _load_tile(vectors, place, rows, inside, KIND: tl.constexpr):
+    """The graph's vectors of a tile of tokens, and their scales."""
+    vector_ptr, scale_ptr = vectors
     entry, graph, graphs, size, _ = place
-    lanes = tl.arange(0, ROWS)
-    columns = other * TILE + lanes
-    present = (lanes < TILE) & (columns >= 0) & (columns < size)
+    vector_ptr = of_head(vector_ptr, entry, size, graphs, graph, KIND.features)
+    scale_ptr = of_head(scale_ptr, entry, size, graphs, graph, 2)
+    x = load_rows(vector_ptr, rows, graphs * KIND.features, inside, KIND.features, KIND.vector)
+    return x, tl.load(scale_ptr + 2 * graphs * rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def _sigmoid(x):
+    """`1 / (1 + 2^-x)`."""
+    return 1.0 / (1.0 + tl.exp2(tl.minimum(-x, 126.0)))
+
+
+@triton.jit
+def _band_edges(tile, tensors, place, other, sharpness, KIND: tl.constexpr):
+    """A tile's edges to one tile of keys.
+
+    Args:
+        tile: Rows, their labels, queries, scales of these, keys and scales of those.
+        tensors: The graph's queries, keys, their bias, labels, far edges and the products of these.
+        place: Batch entry, graph, number of graphs, tokens, tokens in full tiles.
+        other: The number of the tile of keys.
+
+    Returns:
+        Logits; cosines of queries and keys, keys and scales of these; both ways also the cosines of
+        the tile's keys and the others' queries, these queries and their scales, and the shares of
+        the two cosines in the weights.
+    """
+    rows, labels, query, query_scale, own_key, own_scale = tile
+    queries, keys, bias_ptr, label_ptr, _, _ = tensors
+    entry, graph, graphs, size, _ = place
+    lanes = tl.arange(0, KIND.rows)
+    columns = other * KIND.tile + lanes
+    present = (lanes < KIND.tile) & (columns >= 0) & (columns < size)
     others = load_labels(label_ptr, entry, size, columns, size)
-    key = load_rows(key_ptr, columns, graphs * FEATURES, present, FEATURES, VECTOR)
-    key_scale = tl.load(key_scale_ptr + 2 * graphs * columns, mask=present, other=0.0)
+    key, key_scale = _load_tile(keys, place, columns, present, KIND)
     cosine = tl.dot(query, tl.trans(key), input_precision="ieee")
     cosine = cosine * query_scale[:, None] * key_scale[None, :]
     near = visible_pairs(
-        rows, columns, labels, others, label_ptr is not None, WINDOW, CAUSAL, False
+        rows, columns, labels, others, label_ptr is not None, KIND.window, KIND.causal, False
     )
-    if not SELF_EDGES:
+    if not KIND.self_edges:
         near = near & (rows[:, None] != columns[None, :])
-    logits = _log_weight(cosine, near & present[None, :], sharpness, CUT, EXPONENTIAL)
+    near = near & present[None, :]
+    logits = _log_weight(cosine, near, sharpness, KIND)
+    mirror = cosine, key, key_scale, cosine, cosine  # which nobody looks at
+    if KIND.reversible:
+        other_query, other_scale = _load_tile(queries, place, columns, present, KIND)
+        mirrored = tl.dot(own_key, tl.trans(other_query), input_precision="ieee")
+        mirrored = mirrored * own_scale[:, None] * other_scale[None, :]
+        back = _log_weight(mirrored, near, sharpness, KIND)
+        ahead = (back - logits) * LOG2E
+        # Shares may be tiny: neither is what the other leaves.
+        share = tl.where(logits > _NO_EDGE, _sigmoid(-ahead), 0.0)
+        back_share = tl.where(back > _NO_EDGE, _sigmoid(ahead), 0.0)
+        # log (W_ij + W_ji) / 2
+        logits = tl.maximum(logits, back) + tl.log(0.5 + 0.5 * tl.exp2(-tl.abs(ahead)))
+        mirror = mirrored, other_query, other_scale, share, back_share
     if bias_ptr is not None:
         begin = (entry.to(tl.int64) * graphs + graph) * size
         bias = tl.load(bias_ptr + begin + columns, mask=present, other=0.0)
         logits = tl.where(logits > _NO_EDGE, logits + bias[None, :], NEVER)
-    return logits, cosine, key, key_scale
+    return logits, cosine, key, key_scale, mirror
 
 
 @triton.jit
-def _far_edges(
-    queries,
-    keys,
-    place,
-    edge,
-    held,
-    sharpness,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CUT: tl.constexpr,
-    EXPONENTIAL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """Of one far edge a row: logits, cosines, the keys' positions and scales."""
-    _, query_scale, rows, _ = queries
-    _, key_scale_ptr, bias_ptr, label_ptr, neighbor_ptr, dot_ptr = keys
+def _far_edges(tile, tensors, place, edges, sharpness, KIND: tl.constexpr):
+    """Some far edges of each row of a tile: logits, cosines, and scales of the keys.
+
+    The arguments are those of `_band_edges`, and the numbers of the edges within a row.
+    """
+    rows, _, _, query_scale, _, _ = tile
+    _, keys, bias_ptr, label_ptr, neighbor_ptr, dot_ptr = tensors
     entry, graph, graphs, size, reach = place
     number = entry.to(tl.int64) * graphs + graph
-    row = number * reach + rows
-    chosen = tl.load(neighbor_ptr + row * SLOTS + edge // BLOCK, mask=held, other=-1)
-    key = chosen * BLOCK + edge % BLOCK
-    outside = key < rows - WINDOW
-    if not CAUSAL:
-        outside = outside | (key > rows + WINDOW)
+    row = (number * reach + rows)[:, None]
+    rows, edges = rows[:, None], edges[None, :]
+    held = rows < tl.minimum(reach, size)
+    chosen = tl.load(neighbor_ptr + row * KIND.slots + edges // KIND.block, mask=held, other=-1)
+    key = chosen * KIND.block + edges % KIND.block
+    outside = key < rows - KIND.window
+    if not KIND.causal:
+        outside = outside | (key > rows + KIND.window)
     is_edge = (chosen >= 0) & (key < size) & outside
     if label_ptr is not None:
         is_edge = is_edge & (load_labels(label_ptr, entry, size, key, size) != PADDING)
+    key_scale_ptr = of_head(keys[1], entry, size, graphs, graph, 2)
     key_scale = tl.load(key_scale_ptr + 2 * graphs * key, mask=is_edge, other=0.0)
-    cosine = tl.load(dot_ptr + row * (SLOTS * BLOCK) + edge, mask=held, other=0.0)
-    cosine = cosine * query_scale * key_scale
-    logits = _log_weight(cosine, is_edge, sharpness, CUT, EXPONENTIAL)
+    cosine = tl.load(dot_ptr + row * (KIND.slots * KIND.block) + edges, mask=held, other=0.0)
+    cosine = cosine * query_scale[:, None] * key_scale
+    logits = _log_weight(cosine, is_edge, sharpness, KIND)
+    if KIND.reversible:  # the edge from key to query lies ahead, or is none
+        logits = tl.where(logits > _NO_EDGE, logits - _LOG2, NEVER)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + number * size + key, mask=is_edge, other=0.0)
         logits = tl.where(logits > _NO_EDGE, logits + bias, NEVER)
-    return logits, cosine, key, key_scale
+    return logits, cosine, key_scale
 
 
 @triton.jit
-def _queries_of_tile(
-    query_ptr,
-    query_scale_ptr,
-    label_ptr,
-    place,
-    rows,
-    inside,
-    FEATURES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """A tile's queries with their scales, positions and labels."""
-    entry, graph, graphs, size, _ = place
-    query_ptr = of_head(query_ptr, entry, size, graphs, graph, FEATURES)
-    query_scale_ptr = of_head(query_scale_ptr, entry, size, graphs, graph, 2)
-    query = load_rows(query_ptr, rows, graphs * FEATURES, inside, FEATURES, VECTOR)
-    query_scale = tl.load(query_scale_ptr + 2 * graphs * rows, mask=inside, other=0.0)
-    return query, query_scale, rows, load_labels(label_ptr, entry, size, rows, size)
+def _tile_of(tensors, place, rows, inside, KIND: tl.constexpr):
+    """A tile of tokens as `_band_edges` takes it."""
+    queries, keys, _, label_ptr, _, _ = tensors
+    entry, _, _, size, _ = place
+    labels = load_labels(label_ptr, entry, size, rows, size)
+    query, query_scale = _load_tile(queries, place, rows, inside, KIND)
+    key, key_scale = query, query_scale  # which nobody looks at
+    if KIND.reversible:
+        key, key_scale = _load_tile(keys, place, rows, inside, KIND)
+    return rows, labels, query, query_scale, key, key_scale
 
 
 @triton.jit
@@ -381,135 +456,83 @@ def _weigh_kernel(
     degree_ptr,
     isolated_ptr,
     size,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CUT: tl.constexpr,
-    EXPONENTIAL: tl.constexpr,
-    SELF_EDGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    tile, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     graphs = tl.num_programs(1)
-    reach = tl.num_programs(0) * TILE
-    lanes = tl.arange(0, ROWS)
-    rows = tile * TILE + lanes
-    held = lanes < TILE
-    inside = held & (rows < size)
+    reach = tl.num_programs(0) * KIND.tile
+    lanes = tl.arange(0, KIND.rows)
+    rows = number * KIND.tile + lanes
+    held = lanes < KIND.tile
+    queries, keys = (query_ptr, query_scale_ptr), (key_ptr, key_scale_ptr)
+    tensors = (queries, keys, bias_ptr, label_ptr, neighbor_ptr, dot_ptr)
     place = (entry, graph, graphs, size, reach)
-    keys = (
-        of_head(key_ptr, entry, size, graphs, graph, FEATURES),
-        of_head(key_scale_ptr, entry, size, graphs, graph, 2),
-        bias_ptr,
-        label_ptr,
-        neighbor_ptr,
-        dot_ptr,
-    )
-    queries = _queries_of_tile(
-        query_ptr, query_scale_ptr, label_ptr, place, rows, inside, FEATURES, VECTOR
-    )
+    tile = _tile_of(tensors, place, rows, held & (rows < size), KIND)
     sharpness = tl.load(concentration_ptr + graph)
 
-    peak = tl.full((ROWS,), NEVER, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for span in range(SPANS):
-        logits, _, _, _ = _band_edges(
-            queries,
-            keys,
-            place,
-            tile + span - BEFORE,
-            sharpness,
-            TILE,
-            ROWS,
-            FEATURES,
-            VECTOR,
-            WINDOW,
-            CUT,
-            EXPONENTIAL,
-            SELF_EDGES,
-            CAUSAL,
-        )
-        highest = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.where(logits > _NO_EDGE, tl.exp2((logits - highest[:, None]) * LOG2E), 0.0)
-        total = total * tl.exp2((peak - highest) * LOG2E) + tl.sum(weights, 1)
-        peak = highest
+    peak = tl.full((KIND.rows,), NEVER, tl.float32)
+    total = tl.full((KIND.rows,), 0.0, tl.float32)
+    for span in range(KIND.spans):
+        other = number + span - KIND.before
+        logits = _band_edges(tile, tensors, place, other, sharpness, KIND)[0]
+        peak, total = _add_to_sums(peak, total, logits)
     if neighbor_ptr is not None:
-        for edge in range(SLOTS * BLOCK):
-            logit, _, _, _ = _far_edges(
-                queries,
-                keys,
-                place,
-                edge,
-                inside,
-                sharpness,
-                SLOTS,
-                BLOCK,
-                WINDOW,
-                CUT,
-                EXPONENTIAL,
-                CAUSAL,
-            )
-            highest = tl.maximum(peak, logit)
-            weight = tl.where(logit > _NO_EDGE, tl.exp2((logit - highest) * LOG2E), 0.0)
-            total = total * tl.exp2((peak - highest) * LOG2E) + weight
-            peak = highest
+        for first in range(0, KIND.slots * KIND.block, KIND.together):
+            edges = first + tl.arange(0, KIND.together)
+            logits = _far_edges(tile, tensors, place, edges, sharpness, KIND)[0]
+            peak, total = _add_to_sums(peak, total, logits)
 
     log_degree = peak + tl.log(tl.where(total > 0, total, 1.0))
-    alone = log_degree <= (_NO_EDGE if EXPONENTIAL else _LARGEST_ISOLATED)
+    alone = log_degree <= (_NO_EDGE if KIND.exponential else _LARGEST_ISOLATED)
     log_degree = tl.where(alone, 0.0, log_degree)
     begin = (entry.to(tl.int64) * graphs + graph) * reach
     tl.store(degree_ptr + begin + rows, log_degree, mask=held)
     tl.store(isolated_ptr + begin + rows, alone, mask=held)
 
-    local_ptr += (begin + tile * TILE) * (SPANS * TILE)
-    for span in range(SPANS):
-        logits, _, _, _ = _band_edges(
-            queries,
-            keys,
-            place,
-            tile + span - BEFORE,
-            sharpness,
-            TILE,
-            ROWS,
-            FEATURES,
-            VECTOR,
-            WINDOW,
-            CUT,
-            EXPONENTIAL,
-            SELF_EDGES,
-            CAUSAL,
-        )
+    local_ptr += (begin + number * KIND.tile) * (KIND.spans * KIND.tile)
+    for span in range(KIND.spans):
+        other = number + span - KIND.before
+        logits = _band_edges(tile, tensors, place, other, sharpness, KIND)[0]
         weights = tl.exp2((logits - log_degree[:, None]) * LOG2E)
-        itself = (lanes[:, None] == lanes[None, :]) & (span == BEFORE)
+        itself = (lanes[:, None] == lanes[None, :]) & (span == KIND.before)
         weights = tl.where(alone[:, None], tl.where(itself, 1.0, 0.0), weights)
-        pointers = local_ptr + lanes[:, None] * (SPANS * TILE) + (span * TILE + lanes)[None, :]
+        pointers = (
+            local_ptr
+            + lanes[:, None] * (KIND.spans * KIND.tile)
+            + (span * KIND.tile + lanes)[None, :]
+        )
         tl.store(pointers, weights, mask=held[:, None] & held[None, :])
     if neighbor_ptr is not None:
-        for edge in range(SLOTS * BLOCK):
-            logit, _, _, _ = _far_edges(
-                queries,
-                keys,
-                place,
-                edge,
-                inside,
-                sharpness,
-                SLOTS,
-                BLOCK,
-                WINDOW,
-                CUT,
-                EXPONENTIAL,
-                CAUSAL,
+        for first in range(0, KIND.slots * KIND.block, KIND.together):
+            edges = first + tl.arange(0, KIND.together)
+            logits = _far_edges(tile, tensors, place, edges, sharpness, KIND)[0]
+            weights = tl.exp2((logits - log_degree[:, None]) * LOG2E)
+            weights = tl.where(alone[:, None], 0.0, weights)
+            pointers = (
+                far_ptr + (begin + rows)[:, None] * (KIND.slots * KIND.block) + edges[None, :]
             )
-            weight = tl.where(alone, 0.0, tl.exp2((logit - log_degree) * LOG2E))
-            tl.store(far_ptr + (begin + rows) * (SLOTS * BLOCK) + edge, weight, mask=held)
+            tl.store(pointers, weights, mask=held[:, None])
+
+
+@triton.jit
+def _add_to_sums(peak, total, logits):
+    """Sums of rows `exp(peak) total`, with those of further logits."""
+    highest = tl.maximum(peak, tl.max(logits, 1))
+    weights = tl.where(logits > _NO_EDGE, tl.exp2((logits - highest[:, None]) * LOG2E), 0.0)
+    return highest, total * tl.exp2((peak - highest) * LOG2E) + tl.sum(weights, 1)
+
+
+@triton.jit
+def _entries(logits, log_degree, alone):
+    """Entries of P, 0 in rows of isolated tokens, whose entries are constant."""
+    is_edge = (logits > _NO_EDGE) & ~alone[:, None]
+    return tl.where(is_edge, tl.exp2((logits - log_degree[:, None]) * LOG2E), 0.0)
+
+
+@triton.jit
+def _weighted(entries, change):
+    """Where there is no entry, a change of it may be anything."""
+    return tl.where(entries > 0, entries * change, 0.0)
 
 
 @triton.jit
@@ -527,168 +550,125 @@ def _weigh_gradient_kernel(
     isolated_ptr,
     local_ptr,
     far_ptr,
+    degree_change_ptr,
     local_slope_ptr,
     far_slope_ptr,
+    far_query_slope_ptr,
+    mirror_slope_ptr,
     local_passed_ptr,
     far_passed_ptr,
-    gradient_ptr,
+    query_gradient_ptr,
+    own_gradient_ptr,
     sharpness_gradient_ptr,
     size,
-    TILE: tl.constexpr,
-    SPANS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CUT: tl.constexpr,
-    EXPONENTIAL: tl.constexpr,
-    SELF_EDGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """With P_ij of the forward pass and the gradient dP_ij of its entries:
+    """With P_ij of the forward pass and the gradients of its entries and of log D_i:
 
-    dlogit_ij = P_ij (dP_ij - sum_k P_ik dP_ik),    dc_ij = dlogit_ij times the slope of log f
+    dlogit_ij = P_ij (dP_ij - sum_k P_ik dP_ik + dlog D_i)
+
+    and dc_ij = dlogit_ij times the slope of log f; both ways, each of two cosines has its share.
     """
-    tile, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, graphs = tl.num_programs(0), tl.num_programs(1)
-    reach = tiles * TILE
-    lanes = tl.arange(0, ROWS)
-    rows = tile * TILE + lanes
-    held = lanes < TILE
+    reach = tiles * KIND.tile
+    lanes = tl.arange(0, KIND.rows)
+    rows = number * KIND.tile + lanes
+    held = lanes < KIND.tile
     inside = held & (rows < size)
     square = held[:, None] & held[None, :]
+    queries, keys = (query_ptr, query_scale_ptr), (key_ptr, key_scale_ptr)
+    tensors = (queries, keys, bias_ptr, label_ptr, neighbor_ptr, dot_ptr)
     place = (entry, graph, graphs, size, reach)
-    keys = (
-        of_head(key_ptr, entry, size, graphs, graph, FEATURES),
-        of_head(key_scale_ptr, entry, size, graphs, graph, 2),
-        bias_ptr,
-        label_ptr,
-        neighbor_ptr,
-        dot_ptr,
-    )
-    queries = _queries_of_tile(
-        query_ptr, query_scale_ptr, label_ptr, place, rows, inside, FEATURES, VECTOR
-    )
-    query_scale = queries[1]
+    tile = _tile_of(tensors, place, rows, inside, KIND)
+    _, _, _, query_scale, _, own_scale = tile
     sharpness = tl.load(concentration_ptr + graph)
     begin = (entry.to(tl.int64) * graphs + graph) * reach
     log_degree = tl.load(degree_ptr + begin + rows, mask=inside, other=0.0)
     alone = tl.load(isolated_ptr + begin + rows, mask=inside, other=1) != 0
-    band = (begin + tile * TILE) * (SPANS * TILE)
-    band += lanes[:, None] * (SPANS * TILE) + lanes[None, :]
+    band = (begin + number * KIND.tile) * (KIND.spans * KIND.tile)
+    band += lanes[:, None] * (KIND.spans * KIND.tile) + lanes[None, :]
     # Gradients count a sum of cosines below 1 as 1.
-    counted = tl.exp(tl.minimum(log_degree, 0.0))
+    counted = tl.exp(tl.minimum(log_degree, 0.0))[:, None]
 
-    mean = tl.zeros((ROWS,), tl.float32)
-    for span in range(SPANS):
-        logits, _, _, _ = _band_edges(
-            queries,
-            keys,
-            place,
-            tile + span - BEFORE,
-            sharpness,
-            TILE,
-            ROWS,
-            FEATURES,
-            VECTOR,
-            WINDOW,
-            CUT,
-            EXPONENTIAL,
-            SELF_EDGES,
-            CAUSAL,
-        )
-        is_edge = (logits > _NO_EDGE) & ~alone[:, None]
-        weights = tl.exp2((logits - log_degree[:, None]) * LOG2E)
-        change = tl.load(local_ptr + band + span * TILE, mask=square, other=0.0).to(tl.float32)
-        mean += tl.sum(tl.where(is_edge, weights * change, 0.0), 1)
+    mean = -tl.load(degree_change_ptr + begin + rows, mask=inside, other=0.0)
+    for span in range(KIND.spans):
+        other = number + span - KIND.before
+        logits = _band_edges(tile, tensors, place, other, sharpness, KIND)[0]
+        change = tl.load(local_ptr + band + span * KIND.tile, mask=square, other=0.0).to(tl.float32)
+        mean += tl.sum(_weighted(_entries(logits, log_degree, alone), change), 1)
     if neighbor_ptr is not None:
-        for edge in range(SLOTS * BLOCK):
-            logit, _, _, _ = _far_edges(
-                queries,
-                keys,
-                place,
-                edge,
-                inside,
-                sharpness,
-                SLOTS,
-                BLOCK,
-                WINDOW,
-                CUT,
-                EXPONENTIAL,
-                CAUSAL,
-            )
-            is_edge = (logit > _NO_EDGE) & ~alone
-            far = (begin + rows) * (SLOTS * BLOCK) + edge
-            change = tl.load(far_ptr + far, mask=held, other=0.0).to(tl.float32)
-            weight = tl.exp2((logit - log_degree) * LOG2E)
-            mean += tl.where(is_edge, weight * change, 0.0)
+        for first in range(0, KIND.slots * KIND.block, KIND.together):
+            edges = first + tl.arange(0, KIND.together)
+            logits = _far_edges(tile, tensors, place, edges, sharpness, KIND)[0]
+            far = (begin + rows)[:, None] * (KIND.slots * KIND.block) + edges[None, :]
+            change = tl.load(far_ptr + far, mask=held[:, None], other=0.0).to(tl.float32)
+            mean += tl.sum(_weighted(_entries(logits, log_degree, alone), change), 1)
 
-    gradient = tl.zeros((ROWS, VECTOR), tl.float32)
-    sharpness_gradient = tl.zeros((ROWS,), tl.float32)
-    for span in range(SPANS):
-        logits, cosine, key, key_scale = _band_edges(
-            queries,
-            keys,
-            place,
-            tile + span - BEFORE,
-            sharpness,
-            TILE,
-            ROWS,
-            FEATURES,
-            VECTOR,
-            WINDOW,
-            CUT,
-            EXPONENTIAL,
-            SELF_EDGES,
-            CAUSAL,
+    gradient = tl.full((KIND.rows, KIND.vector), 0.0, tl.float32)
+    own_gradient = tl.full((KIND.rows, KIND.vector), 0.0, tl.float32)
+    sharpness_gradient = tl.full((KIND.rows,), 0.0, tl.float32)
+    for span in range(KIND.spans):
+        other = number + span - KIND.before
+        logits, cosine, key, key_scale, mirror = _band_edges(
+            tile, tensors, place, other, sharpness, KIND
         )
-        is_edge = (logits > _NO_EDGE) & ~alone[:, None]
-        weights = tl.exp2((logits - log_degree[:, None]) * LOG2E)
-        change = tl.load(local_ptr + band + span * TILE, mask=square, other=0.0).to(tl.float32)
-        passed = tl.where(is_edge, weights * (change - mean[:, None]), 0.0)
-        slope = _slope(passed, cosine, is_edge, sharpness, counted[:, None], CUT, EXPONENTIAL)
+        mirrored, other_query, other_scale, share, back_share = mirror
+        change = tl.load(local_ptr + band + span * KIND.tile, mask=square, other=0.0).to(tl.float32)
+        passed = _weighted(_entries(logits, log_degree, alone), change - mean[:, None])
+        if local_passed_ptr is not None:
+            tl.store(local_passed_ptr + band + span * KIND.tile, passed, mask=square)
+        if KIND.reversible:
+            back = passed * back_share
+            passed *= share
+            slope = _slope(back, mirrored, sharpness, counted, KIND)
+            sharpness_gradient += tl.sum(back * (mirrored - 1.0), 1)
+            scaled = (slope * other_scale[None, :]).to(key.dtype)
+            own_gradient += tl.dot(scaled, other_query, input_precision="ieee")
+            pointers = mirror_slope_ptr + band + span * KIND.tile
+            tl.store(pointers, slope * own_scale[:, None], mask=square)
+        slope = _slope(passed, cosine, sharpness, counted, KIND)
         sharpness_gradient += tl.sum(passed * (cosine - 1.0), 1)
         gradient += tl.dot((slope * key_scale[None, :]).to(key.dtype), key, input_precision="ieee")
-        tl.store(local_slope_ptr + band + span * TILE, slope * query_scale[:, None], mask=square)
-        if local_passed_ptr is not None:
-            tl.store(local_passed_ptr + band + span * TILE, passed, mask=square)
+        tl.store(
+            local_slope_ptr + band + span * KIND.tile, slope * query_scale[:, None], mask=square
+        )
     if neighbor_ptr is not None:
-        for edge in range(SLOTS * BLOCK):
-            logit, cosine, position, key_scale = _far_edges(
-                queries,
-                keys,
-                place,
-                edge,
-                inside,
-                sharpness,
-                SLOTS,
-                BLOCK,
-                WINDOW,
-                CUT,
-                EXPONENTIAL,
-                CAUSAL,
-            )
-            is_edge = (logit > _NO_EDGE) & ~alone
-            weight = tl.exp2((logit - log_degree) * LOG2E)
-            far = (begin + rows) * (SLOTS * BLOCK) + edge
-            change = tl.load(far_ptr + far, mask=held, other=0.0).to(tl.float32)
-            passed = tl.where(is_edge, weight * (change - mean), 0.0)
-            slope = _slope(passed, cosine, is_edge, sharpness, counted, CUT, EXPONENTIAL)
-            sharpness_gradient += passed * (cosine - 1.0)
-            key = load_rows(keys[0], position, graphs * FEATURES, is_edge, FEATURES, VECTOR)
-            gradient += (slope * key_scale)[:, None] * key.to(tl.float32)
-            tl.store(far_slope_ptr + far, slope * query_scale, mask=held)
+        for first in range(0, KIND.slots * KIND.block, KIND.together):
+            edges = first + tl.arange(0, KIND.together)
+            logits, cosine, key_scale = _far_edges(tile, tensors, place, edges, sharpness, KIND)
+            far = (begin + rows)[:, None] * (KIND.slots * KIND.block) + edges[None, :]
+            change = tl.load(far_ptr + far, mask=held[:, None], other=0.0).to(tl.float32)
+            passed = _weighted(_entries(logits, log_degree, alone), change - mean[:, None])
             if far_passed_ptr is not None:
-                tl.store(far_passed_ptr + far, passed, mask=held)
-    gradient_ptr = of_head(gradient_ptr, entry, size, graphs, graph, FEATURES)
-    store_rows(gradient_ptr, rows, graphs * FEATURES, inside, gradient, FEATURES, VECTOR)
-    program = (tile * graphs + graph) * tl.num_programs(2) + entry
-    if EXPONENTIAL:
+                tl.store(far_passed_ptr + far, passed, mask=held[:, None])
+            slope = _slope(passed, cosine, sharpness, counted, KIND)
+            sharpness_gradient += tl.sum(passed * (cosine - 1.0), 1)
+            tl.store(far_slope_ptr + far, slope * query_scale[:, None], mask=held[:, None])
+            tl.store(far_query_slope_ptr + far, slope * key_scale, mask=held[:, None])
+    query_gradient_ptr = of_head(query_gradient_ptr, entry, size, graphs, graph, KIND.features)
+    store_rows(
+        query_gradient_ptr,
+        rows,
+        graphs * KIND.features,
+        inside,
+        gradient,
+        KIND.features,
+        KIND.vector,
+    )
+    if KIND.reversible:
+        own_gradient_ptr = of_head(own_gradient_ptr, entry, size, graphs, graph, KIND.features)
+        store_rows(
+            own_gradient_ptr,
+            rows,
+            graphs * KIND.features,
+            inside,
+            own_gradient,
+            KIND.features,
+            KIND.vector,
+        )
+    program = (number * graphs + graph) * tl.num_programs(2) + entry
+    if KIND.exponential:
         tl.store(sharpness_gradient_ptr + program, tl.sum(sharpness_gradient))
     else:  # cosines know no concentration
         tl.store(sharpness_gradient_ptr + program, 0.0)
