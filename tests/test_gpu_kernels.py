@@ -11,17 +11,15 @@ import pytest
 import torch
 from helpers import (
     KERNEL_CASES,
-    SUM_CASES,
     TOLERANCES,
     assert_close,
     assert_gradients_close,
     run_case,
 )
-from precision import assert_as_exact_as_eager, assert_within, limits
+from precision import assert_as_exact_as_eager, assert_within, chosen_neighbors, limits
 
 import keras_rwr
-from keras_rwr._dispatch import KernelCall, current_device
-from keras_rwr.backends.torch import select_neighbors
+from keras_rwr._dispatch import current_device
 from keras_rwr.models import RWRGPT2Backbone, RWRGPT2CausalLM
 from keras_rwr.ops import rwr_attention
 
@@ -78,7 +76,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", SUM_CASES, ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_float32(case):
     output, gradients = run_case(case, "triton")
     assert_close(output, case.expected, TOLERANCES["output"])
@@ -124,7 +122,8 @@ def test_default_sizes(name, dtype):
     tensors["discoverability"] = 0.125 * draw(1, 1, 3, head_size, dtype=dtype, seed=5)[0][0, 0]
     real = torch.ones((2, TOKENS), dtype=torch.bool, device=DEVICE)
     real[1, 2 * TOKENS // 3 :] = False
-    neighbors = select_neighbors(query, key, KernelCall(**options), real)
+    labels = torch.where(real, 1, oracle.PADDING)
+    neighbors = chosen_neighbors({**tensors, "padding_mask": real}, options)
     has_bias = "R3" in name or "R4" in name
 
     def results(run, dtype=None):
@@ -154,7 +153,7 @@ def test_default_sizes(name, dtype):
             if not has_bias:
                 leaves = {**leaves, "discoverability": torch.zeros_like(leaves["discoverability"])}
             return oracle_gradients.rwr_attention(
-                **leaves, options=oracle.Options(**kept), real=real, neighbors=neighbors
+                **leaves, options=oracle.Options(**kept), labels=labels, neighbors=neighbors
             )
 
         return results(run, dtype)

@@ -16,13 +16,7 @@ import pytest
 
 # A backend's switch, and the tests of the other one's kernels alone.
 SWITCHES = {"torch": "TRITON_INTERPRET", "jax": "KERAS_RWR_INTERPRET"}
-TORCH_ONLY = [
-    "test_layouts.py",
-    "test_pieces.py",
-    "test_registration.py",
-    "test_selection.py",
-    "test_stages.py",
-]
+TORCH_ONLY = ["test_layouts.py", "test_registration.py", "test_selection.py", "test_stages.py"]
 JAX_ONLY = ["test_pallas_lowering.py", "test_pallas_selection.py", "test_pallas_transformations.py"]
 
 if os.environ.get(SWITCHES.get(keras.backend.backend(), "")) != "1":

@@ -121,6 +121,7 @@ PADDINGS = [
     ("R1", 16, "holes"),
     ("R2", 1, "right"),
     ("R4", 1, "left"),
+    ("R5", 1, "holes"),
 ]
 
 
@@ -130,7 +131,8 @@ def test_padding_content_changes_nothing(step, block, pattern):
     mask = properties.padding_patterns(1, made.inputs.query.shape[1])[pattern]
     results = []
     for content in (None, np.nan):
-        arrays = {name: getattr(made.inputs, name).copy() for name in ("query", "key", "value")}
+        arrays = made.inputs.given("query", "key", "value", "graph_query", "graph_key")
+        arrays = {name: array.copy() for name, array in arrays.items()}
         if content is not None:
             for array in arrays.values():
                 array[~mask] = content
