@@ -93,7 +93,13 @@ def test(arguments):
     interpreted = [x for x in selected if x.startswith(KERNELS)]
     single = [x for x in selected if x not in (*spanning, *interpreted)]
 
-    runs = []
+    runs = []  # the longest first
+    if not selected:
+        interpreted = [KERNELS]
+    for backend, (name, switch) in INTERPRETED.items():
+        paths = [x for x in interpreted if is_interpreted_on(x, backend)]
+        if paths:
+            runs.append((name, settings(backend, **{switch: "1"}), paths))
     if spanning or not selected:
         paths = spanning if spanning else [x for x in ACROSS_BACKENDS if (ROOT / x).is_dir()]
         runs.append(("across backends", settings(BACKENDS[0]), paths))
@@ -102,13 +108,6 @@ def test(arguments):
             for number, paths in enumerate([single] if single else divide(parts), 1):
                 name = f"{backend} {number}" if parts > 1 and not single else backend
                 runs.append((name, settings(backend), paths))
-    if not selected:
-        interpreted = [KERNELS]
-    for backend, (name, switch) in INTERPRETED.items():
-        paths = [x for x in interpreted if is_interpreted_on(x, backend)]
-        if paths:
-            runs.append((name, settings(backend, **{switch: "1"}), paths))
-
     tasks = [functools.partial(pytest, python, *run, options) for run in runs]
     if not arguments:
         tasks += [functools.partial(check, python, *run) for run in CHECKS.items()]
