@@ -6,13 +6,12 @@ output = LOCAL + sum_t theta_t P^t V
 import dataclasses
 from typing import Any
 
-import keras
 from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rwr import _dispatch, _reference, _sharding
 from keras_rwr._heads import Heads, Inputs
-from keras_rwr._tensors import repeat_heads, where
+from keras_rwr._tensors import autocast_dtype, repeat_heads, where, without_autocast
 from keras_rwr._weigh import SparseGraph
 from keras_rwr.options import Call, Options, Tuning
 
@@ -24,14 +23,10 @@ def attend(inputs: Inputs, options: Options, call: Call, tuning: Tuning) -> Tens
     if in_symbolic_scope() or 0 in inputs.query.shape or 0 in inputs.value.shape:
         shape = (*ops.shape(inputs.query)[:3], inputs.value.shape[-1])
         return ops.zeros(shape, dtype=inputs.query.dtype)
-    if keras.backend.backend() == "torch":
-        import torch
-
-        device = inputs.query.device.type
-        if torch.is_autocast_enabled(device):  # it would round each product inside
-            inputs = inputs.cast(torch.get_autocast_dtype(device))
-            with torch.autocast(device, enabled=False):
-                return attend(inputs, options, call, tuning)
+    dtype = autocast_dtype(inputs.query)
+    if dtype is not None:  # it would round each product inside
+        with without_autocast(inputs.query):
+            return attend(inputs.cast(dtype), options, call, tuning)
     if inputs.graph is None and _sharding.is_active():
         return _sharding.attend_over_devices(attend, inputs, options, call, tuning)
     spec = _dispatch.CallSpec.of(inputs, options, call, tuning)

@@ -19,6 +19,23 @@ def precision(*tensors: Tensor) -> str:
     return "float64" if "float64" in dtypes else "float32"
 
 
+def autocast_dtype(x: Tensor) -> Any:
+    """The dtype of `torch.autocast` where it is active for x, else `None`."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Tensor) -> Any:
+    """A context without `torch.autocast` where x lives."""
+    import torch
+
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def head_major(x: Tensor, dtype: str) -> Tensor:
     """`(B, S, N, F)` to `(B, N, S, F)`, in the dtype of the arithmetic."""
     return ops.transpose(ops.cast(x, dtype), (0, 2, 1, 3))

@@ -229,6 +229,7 @@ def test_graphs_and_gates_come_from_the_query():
     ids=["plain", "gate", "shape"],
 )
 def test_equals_multi_head_attention(is_causal, arguments):
+    keras.utils.set_random_seed(1)
     stock = built(keras.layers.MultiHeadAttention(HEADS, KEY_DIM, **arguments))
     layer = RWRAttention(HEADS, KEY_DIM, **arguments, **PLAIN)
     layer.build(SHAPE, SHAPE)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from keras_rwr.backends.torch.run import ceil_div, next_power_of_2, run
+from keras_rwr.backends.torch.shape import shape_of
 from keras_rwr.backends.torch.tiles import PADDING, load_end, load_labels, load_rows, of_head
 
 SMALLEST = 8  # keys in a block from which lists are faster than each query's own loads
@@ -20,6 +21,7 @@ def dot_blocks(rows, columns, neighbors, edges, starts, block, centred):
     batch, graphs, reach, slots = neighbors.shape
     output = torch.zeros((batch, graphs, reach, slots * block), device=rows.device)
     features = rows.shape[2] // graphs * rows.shape[3]
+    shape = _shape(neighbors, block, rows.shape[1], features)
     run(
         _dot_blocks,
         (ceil_div(reach, block), graphs, batch),
@@ -30,7 +32,7 @@ def dot_blocks(rows, columns, neighbors, edges, starts, block, centred):
         output,
         rows.shape[1],
         reach,
-        **_constants(slots, block, features, min(max(next_power_of_2(features), 16), 64)),
+        SHAPE=shape._replace(columns=min(shape.columns, 64)),
         CENTRED=centred,
         num_warps=4,
     )
@@ -65,21 +67,23 @@ def multiply_blocks(far, x, neighbors, edges, starts, block, labels=None, ends=N
         size,
         reach,
         graphs,
-        **_constants(slots, block, features, max(next_power_of_2(features), 16)),
+        SHAPE=_shape(neighbors, block, size, features),
         num_warps=4,
     )
     return output
 
 
-def _constants(slots, block, features, columns):
-    return {
-        "SLOTS": slots,
-        "BLOCK": block,
-        "KEYS": max(next_power_of_2(block), 16),
-        "ENTRIES": _ENTRIES,
-        "FEATURES": features,
-        "COLUMNS": columns,
-    }
+def _shape(neighbors, block, size, features):
+    """A tile is a block of keys, whose edges are taken a few at a time."""
+    shape = shape_of(None, neighbors, 0, block, size, features)
+    return shape._replace(tile=block, rows=max(next_power_of_2(block), 16), entries=_ENTRIES)
+
+
+@triton.jit
+def _load_entries(edge_ptr, first, end, SHAPE: tl.constexpr):
+    """Some edges of a list, and which of them there are."""
+    places = first + tl.arange(0, SHAPE.entries)
+    return tl.load(edge_ptr + places, mask=places < end, other=0).to(tl.int64), places < end
 
 
 @triton.jit
@@ -91,42 +95,37 @@ def _dot_blocks(
     output_ptr,
     size,
     reach,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
     block, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     graphs = tl.num_programs(1)
     number = entry.to(tl.int64) * graphs + graph
     start_ptr += number * tl.num_programs(0) + block
-    row_ptr = of_head(row_ptr, entry, size, graphs, graph, FEATURES)
-    column_ptr = of_head(column_ptr, entry, size, graphs, graph, FEATURES)
-    stride = graphs * FEATURES
-    lanes = tl.arange(0, KEYS)
-    keys = block * BLOCK + lanes
-    present = (lanes < BLOCK) & (keys < size)
+    row_ptr = of_head(row_ptr, entry, size, graphs, graph, SHAPE.features)
+    column_ptr = of_head(column_ptr, entry, size, graphs, graph, SHAPE.features)
+    stride = graphs * SHAPE.features
+    lanes = tl.arange(0, SHAPE.rows)
+    keys = block * SHAPE.block + lanes
+    present = (lanes < SHAPE.block) & (keys < size)
     end = tl.load(start_ptr + 1)
-    for first in range(tl.load(start_ptr), end, ENTRIES):
-        places = first + tl.arange(0, ENTRIES)
-        listed = places < end
-        edge = tl.load(edge_ptr + places, mask=listed, other=0).to(tl.int64)
-        rows = edge // SLOTS - number * reach
+    for first in range(tl.load(start_ptr), end, SHAPE.entries):
+        edge, listed = _load_entries(edge_ptr, first, end, SHAPE)
+        rows = edge // SHAPE.slots - number * reach
         inside = listed & (rows < size)
-        product = tl.zeros((ENTRIES, KEYS), tl.float32)
-        own = tl.zeros((ENTRIES,), tl.float32)
-        for feature in range(0, FEATURES, COLUMNS):
-            x = load_rows(row_ptr, rows, stride, inside, FEATURES, COLUMNS, feature)
-            y = load_rows(column_ptr, keys, stride, present, FEATURES, COLUMNS, feature)
+        product = tl.full((SHAPE.entries, SHAPE.rows), 0.0, tl.float32)
+        own = tl.full((SHAPE.entries,), 0.0, tl.float32)
+        for feature in range(0, SHAPE.features, SHAPE.columns):
+            x = load_rows(row_ptr, rows, stride, inside, SHAPE.features, SHAPE.columns, feature)
+            y = load_rows(column_ptr, keys, stride, present, SHAPE.features, SHAPE.columns, feature)
             product += tl.dot(x, tl.trans(y), input_precision="ieee")
             if CENTRED:
-                y = load_rows(column_ptr, rows, stride, inside, FEATURES, COLUMNS, feature)
+                y = load_rows(
+                    column_ptr, rows, stride, inside, SHAPE.features, SHAPE.columns, feature
+                )
                 own += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-        pointers = output_ptr + edge[:, None] * BLOCK + lanes[None, :]
-        mask = listed[:, None] & (lanes < BLOCK)[None, :]
+        pointers = output_ptr + edge[:, None] * SHAPE.block + lanes[None, :]
+        mask = listed[:, None] & (lanes < SHAPE.block)[None, :]
         tl.store(pointers, product - own[:, None], mask=mask)
 
 
@@ -142,34 +141,29 @@ def _multiply_blocks(
     size,
     reach,
     graphs,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     block, head, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     shared = heads // graphs
     start_ptr += (entry.to(tl.int64) * graphs + head // shared) * tl.num_programs(0) + block
-    lanes = tl.arange(0, KEYS)
-    keys = block * BLOCK + lanes
+    lanes = tl.arange(0, SHAPE.rows)
+    keys = block * SHAPE.block + lanes
     present = load_labels(label_ptr, entry, size, keys, load_end(end_ptr, entry, size)) != PADDING
-    present = present & (lanes < BLOCK)
-    x_ptr = of_head(x_ptr, entry, size, heads, head, FEATURES)
-    x = load_rows(x_ptr, keys, heads * FEATURES, present, FEATURES, COLUMNS)
-    features = tl.arange(0, COLUMNS)
+    present = present & (lanes < SHAPE.block)
+    x_ptr = of_head(x_ptr, entry, size, heads, head, SHAPE.features)
+    x = load_rows(x_ptr, keys, heads * SHAPE.features, present, SHAPE.features, SHAPE.columns)
+    features = tl.arange(0, SHAPE.columns)
     end = tl.load(start_ptr + 1)
-    for first in range(tl.load(start_ptr), end, ENTRIES):
-        places = first + tl.arange(0, ENTRIES)
-        listed = places < end
-        edge = tl.load(edge_ptr + places, mask=listed, other=0).to(tl.int64)
-        mask = listed[:, None] & (lanes < BLOCK)[None, :]
-        weights = tl.load(far_ptr + edge[:, None] * BLOCK + lanes[None, :], mask=mask, other=0.0)
+    for first in range(tl.load(start_ptr), end, SHAPE.entries):
+        edge, listed = _load_entries(edge_ptr, first, end, SHAPE)
+        mask = listed[:, None] & (lanes < SHAPE.block)[None, :]
+        weights = tl.load(
+            far_ptr + edge[:, None] * SHAPE.block + lanes[None, :], mask=mask, other=0.0
+        )
         product = tl.dot(weights.to(x.dtype), x, input_precision="ieee")
-        pointers = output_ptr + (edge * shared + head % shared)[:, None] * FEATURES
-        mask = listed[:, None] & (features < FEATURES)[None, :]
+        pointers = output_ptr + (edge * shared + head % shared)[:, None] * SHAPE.features
+        mask = listed[:, None] & (features < SHAPE.features)[None, :]
         tl.store(pointers + features[None, :], product, mask=mask)
 
 

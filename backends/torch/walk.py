@@ -29,10 +29,9 @@ from keras_rwr.backends.torch.product import (
     list_edges,
     list_product,
     make_matmul,
-    shape_of,
-    warps_of,
 )
 from keras_rwr.backends.torch.run import ceil_div, next_power_of_2, run
+from keras_rwr.backends.torch.shape import shape_of, warps_of
 from keras_rwr.backends.torch.tiles import (
     PADDING,
     load_end,

@@ -24,6 +24,7 @@ from keras_rwr.backends.torch.product import (
     multiply,
 )
 from keras_rwr.backends.torch.run import next_power_of_2, run
+from keras_rwr.backends.torch.shape import shape_of
 from keras_rwr.backends.torch.tiles import (
     LOG2E,
     NEVER,
@@ -262,17 +263,8 @@ _weigh_gradients = define(
 
 
 class Kind(NamedTuple):
-    """What is known of edges when kernels are compiled; see `band_constants` and `Options`."""
+    """What is known of a graph's edges when kernels are compiled; see `Options`."""
 
-    tile: int
-    rows: int
-    spans: int
-    before: int
-    slots: int
-    block: int
-    together: int
-    features: int
-    vector: int
     window: int
     cut: float
     exponential: bool
@@ -283,24 +275,13 @@ class Kind(NamedTuple):
 
 def _settings(query, neighbors, local, options):
     """The grid and the constants of both kernels."""
-    tile, before, _, window, block, *others = options
-    batch, _, graphs, features = query.shape
-    slots = 0 if neighbors is None else neighbors.shape[3]
-    kind = Kind(
-        tile,
-        max(next_power_of_2(tile), 16),
-        local.shape[4] // tile,
-        before,
-        slots,
-        block,
-        math.gcd(slots * block, _TOGETHER),
-        features,
-        max(next_power_of_2(features), 16),
-        window,
-        *others,
-    )
+    _, before, _, window, block, *others = options
+    batch, size, graphs, features = query.shape
+    kind = Kind(window, *others)
+    shape = shape_of(local, neighbors, before, block, size, features)
+    shape = shape._replace(unrolled=math.gcd(shape.slots * block, _TOGETHER))
     warps = _WARPS if features * query.itemsize <= 128 and not kind.reversible else 2 * _WARPS
-    return (local.shape[2], graphs, batch), {"KIND": kind, "num_warps": warps}
+    return (local.shape[2], graphs, batch), {"SHAPE": shape, "KIND": kind, "num_warps": warps}
 
 
 @triton.jit
@@ -325,13 +306,13 @@ def _slope(passed, cosine, sharpness, counted, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(vectors, place, rows, inside, KIND: tl.constexpr):
+def _load_tile(vectors, place, rows, inside, SHAPE: tl.constexpr):
     """The graph's vectors of a tile of tokens, and their scales."""
     vector_ptr, scale_ptr = vectors
     entry, graph, graphs, size, _ = place
-    vector_ptr = of_head(vector_ptr, entry, size, graphs, graph, KIND.features)
+    vector_ptr = of_head(vector_ptr, entry, size, graphs, graph, SHAPE.features)
     scale_ptr = of_head(scale_ptr, entry, size, graphs, graph, 2)
-    x = load_rows(vector_ptr, rows, graphs * KIND.features, inside, KIND.features, KIND.vector)
+    x = load_rows(vector_ptr, rows, graphs * SHAPE.features, inside, SHAPE.features, SHAPE.columns)
     return x, tl.load(scale_ptr + 2 * graphs * rows, mask=inside, other=0.0)
 
 
@@ -342,7 +323,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _band_edges(tile, tensors, place, other, sharpness, KIND: tl.constexpr):
+def _band_edges(tile, tensors, place, other, sharpness, SHAPE: tl.constexpr, KIND: tl.constexpr):
     """A tile's edges to one tile of keys.
 
     Args:
@@ -359,11 +340,11 @@ def _band_edges(tile, tensors, place, other, sharpness, KIND: tl.constexpr):
     rows, labels, query, query_scale, own_key, own_scale = tile
     queries, keys, bias_ptr, label_ptr, _, _ = tensors
     entry, graph, graphs, size, _ = place
-    lanes = tl.arange(0, KIND.rows)
-    columns = other * KIND.tile + lanes
-    present = (lanes < KIND.tile) & (columns >= 0) & (columns < size)
+    lanes = tl.arange(0, SHAPE.rows)
+    columns = other * SHAPE.tile + lanes
+    present = (lanes < SHAPE.tile) & (columns >= 0) & (columns < size)
     others = load_labels(label_ptr, entry, size, columns, size)
-    key, key_scale = _load_tile(keys, place, columns, present, KIND)
+    key, key_scale = _load_tile(keys, place, columns, present, SHAPE)
     cosine = tl.dot(query, tl.trans(key), input_precision="ieee")
     cosine = cosine * query_scale[:, None] * key_scale[None, :]
     near = visible_pairs(
@@ -375,7 +356,7 @@ def _band_edges(tile, tensors, place, other, sharpness, KIND: tl.constexpr):
     logits = _log_weight(cosine, near, sharpness, KIND)
     mirror = cosine, key, key_scale, cosine, cosine  # which nobody looks at
     if KIND.reversible:
-        other_query, other_scale = _load_tile(queries, place, columns, present, KIND)
+        other_query, other_scale = _load_tile(queries, place, columns, present, SHAPE)
         mirrored = tl.dot(own_key, tl.trans(other_query), input_precision="ieee")
         mirrored = mirrored * own_scale[:, None] * other_scale[None, :]
         back = _log_weight(mirrored, near, sharpness, KIND)
@@ -394,7 +375,7 @@ def _band_edges(tile, tensors, place, other, sharpness, KIND: tl.constexpr):
 
 
 @triton.jit
-def _far_edges(tile, tensors, place, edges, sharpness, KIND: tl.constexpr):
+def _far_edges(tile, tensors, place, edges, sharpness, SHAPE: tl.constexpr, KIND: tl.constexpr):
     """Some far edges of each row of a tile: logits, cosines, and scales of the keys.
 
     The arguments are those of `_band_edges`, and the numbers of the edges within a row.
@@ -406,8 +387,8 @@ def _far_edges(tile, tensors, place, edges, sharpness, KIND: tl.constexpr):
     row = (number * reach + rows)[:, None]
     rows, edges = rows[:, None], edges[None, :]
     held = rows < tl.minimum(reach, size)
-    chosen = tl.load(neighbor_ptr + row * KIND.slots + edges // KIND.block, mask=held, other=-1)
-    key = chosen * KIND.block + edges % KIND.block
+    chosen = tl.load(neighbor_ptr + row * SHAPE.slots + edges // SHAPE.block, mask=held, other=-1)
+    key = chosen * SHAPE.block + edges % SHAPE.block
     outside = key < rows - KIND.window
     if not KIND.causal:
         outside = outside | (key > rows + KIND.window)
@@ -416,7 +397,7 @@ def _far_edges(tile, tensors, place, edges, sharpness, KIND: tl.constexpr):
         is_edge = is_edge & (load_labels(label_ptr, entry, size, key, size) != PADDING)
     key_scale_ptr = of_head(keys[1], entry, size, graphs, graph, 2)
     key_scale = tl.load(key_scale_ptr + 2 * graphs * key, mask=is_edge, other=0.0)
-    cosine = tl.load(dot_ptr + row * (KIND.slots * KIND.block) + edges, mask=held, other=0.0)
+    cosine = tl.load(dot_ptr + row * (SHAPE.slots * SHAPE.block) + edges, mask=held, other=0.0)
     cosine = cosine * query_scale[:, None] * key_scale
     logits = _log_weight(cosine, is_edge, sharpness, KIND)
     if KIND.reversible:  # the edge from key to query lies ahead, or is none
@@ -428,15 +409,15 @@ def _far_edges(tile, tensors, place, edges, sharpness, KIND: tl.constexpr):
 
 
 @triton.jit
-def _tile_of(tensors, place, rows, inside, KIND: tl.constexpr):
+def _tile_of(tensors, place, rows, inside, SHAPE: tl.constexpr, KIND: tl.constexpr):
     """A tile of tokens as `_band_edges` takes it."""
     queries, keys, _, label_ptr, _, _ = tensors
     entry, _, _, size, _ = place
     labels = load_labels(label_ptr, entry, size, rows, size)
-    query, query_scale = _load_tile(queries, place, rows, inside, KIND)
+    query, query_scale = _load_tile(queries, place, rows, inside, SHAPE)
     key, key_scale = query, query_scale  # which nobody looks at
     if KIND.reversible:
-        key, key_scale = _load_tile(keys, place, rows, inside, KIND)
+        key, key_scale = _load_tile(keys, place, rows, inside, SHAPE)
     return rows, labels, query, query_scale, key, key_scale
 
 
@@ -456,30 +437,31 @@ def _weigh_kernel(
     degree_ptr,
     isolated_ptr,
     size,
+    SHAPE: tl.constexpr,
     KIND: tl.constexpr,
 ):
     number, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     graphs = tl.num_programs(1)
-    reach = tl.num_programs(0) * KIND.tile
-    lanes = tl.arange(0, KIND.rows)
-    rows = number * KIND.tile + lanes
-    held = lanes < KIND.tile
+    reach = tl.num_programs(0) * SHAPE.tile
+    lanes = tl.arange(0, SHAPE.rows)
+    rows = number * SHAPE.tile + lanes
+    held = lanes < SHAPE.tile
     queries, keys = (query_ptr, query_scale_ptr), (key_ptr, key_scale_ptr)
     tensors = (queries, keys, bias_ptr, label_ptr, neighbor_ptr, dot_ptr)
     place = (entry, graph, graphs, size, reach)
-    tile = _tile_of(tensors, place, rows, held & (rows < size), KIND)
+    tile = _tile_of(tensors, place, rows, held & (rows < size), SHAPE, KIND)
     sharpness = tl.load(concentration_ptr + graph)
 
-    peak = tl.full((KIND.rows,), NEVER, tl.float32)
-    total = tl.full((KIND.rows,), 0.0, tl.float32)
-    for span in range(KIND.spans):
-        other = number + span - KIND.before
-        logits = _band_edges(tile, tensors, place, other, sharpness, KIND)[0]
+    peak = tl.full((SHAPE.rows,), NEVER, tl.float32)
+    total = tl.full((SHAPE.rows,), 0.0, tl.float32)
+    for span in range(SHAPE.spans):
+        other = number + span - SHAPE.before
+        logits = _band_edges(tile, tensors, place, other, sharpness, SHAPE, KIND)[0]
         peak, total = _add_to_sums(peak, total, logits)
     if neighbor_ptr is not None:
-        for first in range(0, KIND.slots * KIND.block, KIND.together):
-            edges = first + tl.arange(0, KIND.together)
-            logits = _far_edges(tile, tensors, place, edges, sharpness, KIND)[0]
+        for first in range(0, SHAPE.slots * SHAPE.block, SHAPE.unrolled):
+            edges = first + tl.arange(0, SHAPE.unrolled)
+            logits = _far_edges(tile, tensors, place, edges, sharpness, SHAPE, KIND)[0]
             peak, total = _add_to_sums(peak, total, logits)
 
     log_degree = peak + tl.log(tl.where(total > 0, total, 1.0))
@@ -489,27 +471,27 @@ def _weigh_kernel(
     tl.store(degree_ptr + begin + rows, log_degree, mask=held)
     tl.store(isolated_ptr + begin + rows, alone, mask=held)
 
-    local_ptr += (begin + number * KIND.tile) * (KIND.spans * KIND.tile)
-    for span in range(KIND.spans):
-        other = number + span - KIND.before
-        logits = _band_edges(tile, tensors, place, other, sharpness, KIND)[0]
+    local_ptr += (begin + number * SHAPE.tile) * (SHAPE.spans * SHAPE.tile)
+    for span in range(SHAPE.spans):
+        other = number + span - SHAPE.before
+        logits = _band_edges(tile, tensors, place, other, sharpness, SHAPE, KIND)[0]
         weights = tl.exp2((logits - log_degree[:, None]) * LOG2E)
-        itself = (lanes[:, None] == lanes[None, :]) & (span == KIND.before)
+        itself = (lanes[:, None] == lanes[None, :]) & (span == SHAPE.before)
         weights = tl.where(alone[:, None], tl.where(itself, 1.0, 0.0), weights)
         pointers = (
             local_ptr
-            + lanes[:, None] * (KIND.spans * KIND.tile)
-            + (span * KIND.tile + lanes)[None, :]
+            + lanes[:, None] * (SHAPE.spans * SHAPE.tile)
+            + (span * SHAPE.tile + lanes)[None, :]
         )
         tl.store(pointers, weights, mask=held[:, None] & held[None, :])
     if neighbor_ptr is not None:
-        for first in range(0, KIND.slots * KIND.block, KIND.together):
-            edges = first + tl.arange(0, KIND.together)
-            logits = _far_edges(tile, tensors, place, edges, sharpness, KIND)[0]
+        for first in range(0, SHAPE.slots * SHAPE.block, SHAPE.unrolled):
+            edges = first + tl.arange(0, SHAPE.unrolled)
+            logits = _far_edges(tile, tensors, place, edges, sharpness, SHAPE, KIND)[0]
             weights = tl.exp2((logits - log_degree[:, None]) * LOG2E)
             weights = tl.where(alone[:, None], 0.0, weights)
             pointers = (
-                far_ptr + (begin + rows)[:, None] * (KIND.slots * KIND.block) + edges[None, :]
+                far_ptr + (begin + rows)[:, None] * (SHAPE.slots * SHAPE.block) + edges[None, :]
             )
             tl.store(pointers, weights, mask=held[:, None])
 
@@ -561,6 +543,7 @@ def _weigh_gradient_kernel(
     own_gradient_ptr,
     sharpness_gradient_ptr,
     size,
+    SHAPE: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """With P_ij of the forward pass and the gradients of its entries and of log D_i:
@@ -571,53 +554,57 @@ def _weigh_gradient_kernel(
     """
     number, graph, entry = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, graphs = tl.num_programs(0), tl.num_programs(1)
-    reach = tiles * KIND.tile
-    lanes = tl.arange(0, KIND.rows)
-    rows = number * KIND.tile + lanes
-    held = lanes < KIND.tile
+    reach = tiles * SHAPE.tile
+    lanes = tl.arange(0, SHAPE.rows)
+    rows = number * SHAPE.tile + lanes
+    held = lanes < SHAPE.tile
     inside = held & (rows < size)
     square = held[:, None] & held[None, :]
     queries, keys = (query_ptr, query_scale_ptr), (key_ptr, key_scale_ptr)
     tensors = (queries, keys, bias_ptr, label_ptr, neighbor_ptr, dot_ptr)
     place = (entry, graph, graphs, size, reach)
-    tile = _tile_of(tensors, place, rows, inside, KIND)
+    tile = _tile_of(tensors, place, rows, inside, SHAPE, KIND)
     _, _, _, query_scale, _, own_scale = tile
     sharpness = tl.load(concentration_ptr + graph)
     begin = (entry.to(tl.int64) * graphs + graph) * reach
     log_degree = tl.load(degree_ptr + begin + rows, mask=inside, other=0.0)
     alone = tl.load(isolated_ptr + begin + rows, mask=inside, other=1) != 0
-    band = (begin + number * KIND.tile) * (KIND.spans * KIND.tile)
-    band += lanes[:, None] * (KIND.spans * KIND.tile) + lanes[None, :]
+    band = (begin + number * SHAPE.tile) * (SHAPE.spans * SHAPE.tile)
+    band += lanes[:, None] * (SHAPE.spans * SHAPE.tile) + lanes[None, :]
     # Gradients count a sum of cosines below 1 as 1.
     counted = tl.exp(tl.minimum(log_degree, 0.0))[:, None]
 
     mean = -tl.load(degree_change_ptr + begin + rows, mask=inside, other=0.0)
-    for span in range(KIND.spans):
-        other = number + span - KIND.before
-        logits = _band_edges(tile, tensors, place, other, sharpness, KIND)[0]
-        change = tl.load(local_ptr + band + span * KIND.tile, mask=square, other=0.0).to(tl.float32)
+    for span in range(SHAPE.spans):
+        other = number + span - SHAPE.before
+        logits = _band_edges(tile, tensors, place, other, sharpness, SHAPE, KIND)[0]
+        change = tl.load(local_ptr + band + span * SHAPE.tile, mask=square, other=0.0).to(
+            tl.float32
+        )
         mean += tl.sum(_weighted(_entries(logits, log_degree, alone), change), 1)
     if neighbor_ptr is not None:
-        for first in range(0, KIND.slots * KIND.block, KIND.together):
-            edges = first + tl.arange(0, KIND.together)
-            logits = _far_edges(tile, tensors, place, edges, sharpness, KIND)[0]
-            far = (begin + rows)[:, None] * (KIND.slots * KIND.block) + edges[None, :]
+        for first in range(0, SHAPE.slots * SHAPE.block, SHAPE.unrolled):
+            edges = first + tl.arange(0, SHAPE.unrolled)
+            logits = _far_edges(tile, tensors, place, edges, sharpness, SHAPE, KIND)[0]
+            far = (begin + rows)[:, None] * (SHAPE.slots * SHAPE.block) + edges[None, :]
             change = tl.load(far_ptr + far, mask=held[:, None], other=0.0).to(tl.float32)
             mean += tl.sum(_weighted(_entries(logits, log_degree, alone), change), 1)
 
-    gradient = tl.full((KIND.rows, KIND.vector), 0.0, tl.float32)
-    own_gradient = tl.full((KIND.rows, KIND.vector), 0.0, tl.float32)
-    sharpness_gradient = tl.full((KIND.rows,), 0.0, tl.float32)
-    for span in range(KIND.spans):
-        other = number + span - KIND.before
+    gradient = tl.full((SHAPE.rows, SHAPE.columns), 0.0, tl.float32)
+    own_gradient = tl.full((SHAPE.rows, SHAPE.columns), 0.0, tl.float32)
+    sharpness_gradient = tl.full((SHAPE.rows,), 0.0, tl.float32)
+    for span in range(SHAPE.spans):
+        other = number + span - SHAPE.before
         logits, cosine, key, key_scale, mirror = _band_edges(
-            tile, tensors, place, other, sharpness, KIND
+            tile, tensors, place, other, sharpness, SHAPE, KIND
         )
         mirrored, other_query, other_scale, share, back_share = mirror
-        change = tl.load(local_ptr + band + span * KIND.tile, mask=square, other=0.0).to(tl.float32)
+        change = tl.load(local_ptr + band + span * SHAPE.tile, mask=square, other=0.0).to(
+            tl.float32
+        )
         passed = _weighted(_entries(logits, log_degree, alone), change - mean[:, None])
         if local_passed_ptr is not None:
-            tl.store(local_passed_ptr + band + span * KIND.tile, passed, mask=square)
+            tl.store(local_passed_ptr + band + span * SHAPE.tile, passed, mask=square)
         if KIND.reversible:
             back = passed * back_share
             passed *= share
@@ -625,19 +612,21 @@ def _weigh_gradient_kernel(
             sharpness_gradient += tl.sum(back * (mirrored - 1.0), 1)
             scaled = (slope * other_scale[None, :]).to(key.dtype)
             own_gradient += tl.dot(scaled, other_query, input_precision="ieee")
-            pointers = mirror_slope_ptr + band + span * KIND.tile
+            pointers = mirror_slope_ptr + band + span * SHAPE.tile
             tl.store(pointers, slope * own_scale[:, None], mask=square)
         slope = _slope(passed, cosine, sharpness, counted, KIND)
         sharpness_gradient += tl.sum(passed * (cosine - 1.0), 1)
         gradient += tl.dot((slope * key_scale[None, :]).to(key.dtype), key, input_precision="ieee")
         tl.store(
-            local_slope_ptr + band + span * KIND.tile, slope * query_scale[:, None], mask=square
+            local_slope_ptr + band + span * SHAPE.tile, slope * query_scale[:, None], mask=square
         )
     if neighbor_ptr is not None:
-        for first in range(0, KIND.slots * KIND.block, KIND.together):
-            edges = first + tl.arange(0, KIND.together)
-            logits, cosine, key_scale = _far_edges(tile, tensors, place, edges, sharpness, KIND)
-            far = (begin + rows)[:, None] * (KIND.slots * KIND.block) + edges[None, :]
+        for first in range(0, SHAPE.slots * SHAPE.block, SHAPE.unrolled):
+            edges = first + tl.arange(0, SHAPE.unrolled)
+            logits, cosine, key_scale = _far_edges(
+                tile, tensors, place, edges, sharpness, SHAPE, KIND
+            )
+            far = (begin + rows)[:, None] * (SHAPE.slots * SHAPE.block) + edges[None, :]
             change = tl.load(far_ptr + far, mask=held[:, None], other=0.0).to(tl.float32)
             passed = _weighted(_entries(logits, log_degree, alone), change - mean[:, None])
             if far_passed_ptr is not None:
@@ -646,26 +635,26 @@ def _weigh_gradient_kernel(
             sharpness_gradient += tl.sum(passed * (cosine - 1.0), 1)
             tl.store(far_slope_ptr + far, slope * query_scale[:, None], mask=held[:, None])
             tl.store(far_query_slope_ptr + far, slope * key_scale, mask=held[:, None])
-    query_gradient_ptr = of_head(query_gradient_ptr, entry, size, graphs, graph, KIND.features)
+    query_gradient_ptr = of_head(query_gradient_ptr, entry, size, graphs, graph, SHAPE.features)
     store_rows(
         query_gradient_ptr,
         rows,
-        graphs * KIND.features,
+        graphs * SHAPE.features,
         inside,
         gradient,
-        KIND.features,
-        KIND.vector,
+        SHAPE.features,
+        SHAPE.columns,
     )
     if KIND.reversible:
-        own_gradient_ptr = of_head(own_gradient_ptr, entry, size, graphs, graph, KIND.features)
+        own_gradient_ptr = of_head(own_gradient_ptr, entry, size, graphs, graph, SHAPE.features)
         store_rows(
             own_gradient_ptr,
             rows,
-            graphs * KIND.features,
+            graphs * SHAPE.features,
             inside,
             own_gradient,
-            KIND.features,
-            KIND.vector,
+            SHAPE.features,
+            SHAPE.columns,
         )
     program = (number * graphs + graph) * tl.num_programs(2) + entry
     if KIND.exponential:
