@@ -61,12 +61,14 @@ def test_matrices_equal_the_oracles(name):
             "neighbors": weight.neighbors,
         }
 
+    # A logit of 72, rounded to float32, is off by up to 4e-6, and its weight by that share.
+    tolerance = 4e-5 if case.extreme else TOLERANCES["output"]
     for field, actual in compiled(matrices)(*graph_vectors(case)).items():
         expected = helpers.stack(case.graphs, field)
         if field == "neighbors":
             assert_same_blocks(numpy(actual), expected)
         else:
-            assert_close(numpy(actual), expected, TOLERANCES["output"], field)
+            assert_close(numpy(actual), expected, tolerance, field)
 
 
 def assert_same_blocks(chosen, expected):
