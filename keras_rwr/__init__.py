@@ -3,16 +3,18 @@
 import importlib
 from typing import Any
 
-from keras_rwr import ablation, callbacks, graph, layers, ops, options, statistics
+from keras_rwr import ablation, callbacks, data, graph, layers, ops, options, statistics
 from keras_rwr._dispatch import explain
-from keras_rwr.layers import RWRAttention
+from keras_rwr.layers import RWRAttention, RWRGroupedQueryAttention
 from keras_rwr.options import Options
 
 __all__ = [
     "Options",
     "RWRAttention",
+    "RWRGroupedQueryAttention",
     "ablation",
     "callbacks",
+    "data",
     "explain",
     "graph",
     "layers",

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_rwr import _cache, _decoding
 from keras_rwr._cache import Sizes, WalkCache
+from keras_rwr._checks import check_per_head
 from keras_rwr._heads import Inputs
 from keras_rwr._tokens import Masks
 from keras_rwr.options import CONCENTRATION_RANGE, Options
@@ -60,6 +61,10 @@ class WalkCore(keras.layers.Layer):
         key_dim: Int. Size of a head's query and key.
         kernel_initializer: Initializer of `graph_query`.
         **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: If `graph_heads` does not divide `num_heads`, or an option that is one number a
+            head or a graph has another length.
     """
 
     def __init__(
@@ -71,6 +76,14 @@ class WalkCore(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        graphs = num_heads if options.graph_heads is None else options.graph_heads
+        if num_heads % graphs:
+            raise ValueError(
+                "`graph_heads` must divide the number of query heads. "
+                f"Received: graph_heads={options.graph_heads}, {num_heads} query heads"
+            )
+        check_per_head("concentration", options.concentration, graphs)
+        check_per_head("lens_strength", options.lens_strength, num_heads)
         self.options = options
         self.num_heads = num_heads
         self.key_dim = key_dim

@@ -1,25 +1,17 @@
-"""`RWRAttention`: a drop-in for `keras.layers.MultiHeadAttention` in self-attention."""
+"""Drop-ins for Keras's attention layers, in self-attention."""
 
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_rwr._attend import attend, attention_matrix
-from keras_rwr._cache import WalkCache
-from keras_rwr._checks import check_bool, check_int, check_per_head, is_tensor
-from keras_rwr._core import WalkCore
-from keras_rwr._tokens import Masks, check_sequences, read_masks
-from keras_rwr.graph import SparseGraph, check_fits
-from keras_rwr.options import Call, Options, Tuning
+from keras_rwr._self_attention import SelfAttention, check_stock_arguments
+from keras_rwr.options import Options, Tuning
 
-__all__ = ["RWRAttention"]
-
-Tensor = Any
+__all__ = ["RWRAttention", "RWRGroupedQueryAttention"]
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
-class RWRAttention(keras.layers.MultiHeadAttention):
+class RWRAttention(SelfAttention, keras.layers.MultiHeadAttention):
     """Multi-head self-attention as a local window plus a random walk over a graph of tokens.
 
     For each head, with the projected query `q`, key `k` and value `v` of head size H, position i
@@ -233,7 +225,8 @@ class RWRAttention(keras.layers.MultiHeadAttention):
         **kwargs: Any,
     ):
         options, tuning = Options.pick(locals()), Tuning.pick(locals())
-        _check_arguments(locals())
+        sizes = ("num_heads", "key_dim") + (() if value_dim is None else ("value_dim",))
+        check_stock_arguments(locals(), sizes)
         super().__init__(
             num_heads,
             key_dim,
@@ -253,208 +246,153 @@ class RWRAttention(keras.layers.MultiHeadAttention):
             seed=seed,
             **kwargs,
         )
-        graphs = num_heads if graph_heads is None else graph_heads
-        if num_heads % graphs:
-            raise ValueError(
-                "`graph_heads` must divide `num_heads`. "
-                f"Received: graph_heads={graph_heads}, num_heads={num_heads}"
-            )
-        check_per_head("concentration", options.concentration, graphs)
-        check_per_head("lens_strength", options.lens_strength, num_heads)
-        self.options = options
-        self.tuning = tuning
-        self.walk = WalkCore(
+        self.add_walk(
             options,
-            num_heads,
-            key_dim,
-            keras.initializers.get(kernel_initializer),
-            dtype=self.dtype_policy,
-            name="walk",
+            tuning,
+            heads=num_heads,
+            kv_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=self._value_dim,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
         )
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **self.options.to_config(), **self.tuning.to_config()}
 
-    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
-        check_sequences(query_shape, value_shape, key_shape)
-        super().build(query_shape, value_shape, key_shape)
-        # The projections see inputs that may carry a Keras mask, and keep their positions.
-        for dense in (self._query_dense, self._key_dense, self._value_dense):
-            dense.supports_masking = True
-        if self._use_gate:
-            self._gate_dense.supports_masking = True
-        self.walk.build(query_shape)
+@keras.saving.register_keras_serializable(package="keras_rwr")
+class RWRGroupedQueryAttention(SelfAttention, keras.layers.GroupQueryAttention):
+    """Grouped-query self-attention as a local window plus a random walk over a graph of tokens.
 
-    def call(
+    It is to `keras.layers.GroupQueryAttention` what `keras_rwr.RWRAttention` is to
+    `keras.layers.MultiHeadAttention`: each key and value head serves a group of query heads, as
+    though it were repeated for each. With `graph_heads` the graph is shared by whole groups at
+    least, and the values walk once for all heads of a group; without, each query head has a graph
+    of its own, from its query and its group's key.
+
+    Args:
+        head_dim: Int. Size of each head, H.
+        num_query_heads: Int. Number of query heads, N.
+        num_key_value_heads: Int that divides `num_query_heads`. Number of key and value heads, M.
+        dropout: Float in [0, 1). Dropout rate of LOCAL's probabilities.
+        use_bias: Bool. Whether the projections have biases.
+        sliding_window: Must be `None`: use `window`, where `window = sliding_window - 1`.
+        flash_attention: `None` or `False`: see `implementation`.
+        kernel_initializer: Initializer of the projections' kernels.
+        bias_initializer: Initializer of the projections' biases.
+        kernel_regularizer: Regularizer of the projections' kernels.
+        bias_regularizer: Regularizer of the projections' biases.
+        activity_regularizer: Regularizer of the projections' outputs.
+        kernel_constraint: Constraint of the projections' kernels.
+        bias_constraint: Constraint of the projections' biases.
+        use_gate: Bool. Whether a sigmoid projection of `query` gates the heads' outputs.
+        seed: Int seed of the dropout.
+        alpha, steps, topk, neighbor_block, window, threshold, edge_weight, concentration,
+            reversible, reciprocal_beta, lens_strength, trainable_lens, use_discoverability,
+            fusion, graph_heads, graph_dim, graph_convolution, self_edges, stopping, block_size,
+            head_dim_pad, implementation: As in `keras_rwr.RWRAttention`; its heads are the query
+            heads here.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        As in `keras_rwr.RWRAttention`.
+
+    Returns:
+        attention_output: Tensor of the shape of `query`, `(B, S, dim)`.
+        attention_scores: (Only with `return_attention_scores=True`) tensor of shape `(B, N, S, S)`.
+        cache: (Only with a cache) the cache with the new tokens; it holds M key and value heads.
+
+    Raises:
+        ValueError: If an argument is outside its range, two do not fit together, the inputs are
+            not one sequence of shape `(B, S, dim)`, or a mask is not a padding mask.
+        TypeError: If an argument is of the wrong type.
+        NotImplementedError: If the named `implementation` cannot run the call.
+
+    Reference:
+        - [Ainslie et al., 2023](https://arxiv.org/abs/2305.13245): grouped-query attention
+
+    Example:
+
+    ```python
+    x = keras.random.normal((2, 1000, 64))
+    layer = keras_rwr.RWRGroupedQueryAttention(16, num_query_heads=4, num_key_value_heads=2)
+    y = layer(x, x, use_causal_mask=True)  # (2, 1000, 64)
+    ```
+    """
+
+    def __init__(
         self,
-        query: Tensor,
-        value: Tensor,
-        key: Tensor = None,
-        query_mask: Tensor = None,
-        value_mask: Tensor = None,
-        key_mask: Tensor = None,
-        attention_mask: Tensor = None,
-        return_attention_scores: bool = False,
-        training: bool | None = None,
-        use_causal_mask: bool = False,
-        segment_ids: Tensor = None,
-        graph: SparseGraph | None = None,
-        cache: WalkCache | None = None,
-        cache_update_index: Any = None,
-    ) -> Any:
-        if value is None:
-            raise TypeError("`value` must be a tensor. Received: value=None")
-        key = value if key is None else key
-        check_sequences(query.shape, value.shape, key.shape)
-        check_bool("return_attention_scores", return_attention_scores)
-        masks = read_masks(
-            query,
-            use_causal_mask,
-            attention_mask,
-            segment_ids,
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-        )
-        call = Call(masks.is_causal, self._dropout if training else 0.0)
-        call.check(self.options, masks.segment_ids is not None)
-        heads = (
-            self._query_dense(query),  # (B, S, N, H)
-            self._key_dense(key),  # (B, S, N, H)
-            self._value_dense(value),  # (B, S, N, value_dim)
-        )
-        if cache is None:
-            _check_no_index(cache_update_index)
-            if graph is not None:
-                check_fits(graph, heads[0], self._num_heads, self.options, call)
-            seed = self._dropout_layer.seed_generator.next() if call.dropout > 0 else None
-            inputs = self.walk.inputs(query, *heads, masks, seed, graph)
-            output = attend(inputs, self.options, call, self.tuning)  # (B, S, N, value_dim)
-        else:
-            _check_cached_call(call, masks, cache_update_index, return_attention_scores, graph)
-            output, cache = self.walk.attend_cached(query, *heads, cache, cache_update_index)
-        if self._use_gate:
-            output = ops.multiply(output, self._gate_dense(query))
-        output = self._output_dense(output)
-        if cache is not None:
-            return output, cache
-        if not return_attention_scores:
-            return output
-        scores = attention_matrix(inputs, self.options, Call(call.is_causal))  # (B, N, S, S)
-        return output, ops.cast(scores, self.compute_dtype)
-
-    def empty_cache(self, batch_size: Any, length: int) -> WalkCache:
-        """A cache for decoding, without tokens.
-
-        Args:
-            batch_size: Int, or scalar tensor.
-            length: Int >= 1. Number of positions, prompt included.
-
-        Returns:
-            A `WalkCache`, for the call argument `cache`.
-
-        Raises:
-            ValueError: If a size is too small.
-            TypeError: If a size is no int.
-        """
-        check_int("length", length, minimum=1)
-        if not is_tensor(batch_size):
-            check_int("batch_size", batch_size, minimum=0)
-        heads, value_dim = self._num_heads, self._value_dim
-        return self.walk.empty_cache(batch_size, length, heads, value_dim, self.compute_dtype)
-
-    def save_own_variables(self, store: Any) -> None:
-        if self.walk.weights:
-            # `MultiHeadAttention` refuses a file with something that it has no place for.
-            store["walk_weights"] = ops.convert_to_numpy(len(self.walk.weights))
-
-    def load_own_variables(self, store: Any) -> None:
-        """Its own weights are those of its sublayers."""
-
-    @property
-    def extra_weights(self) -> list[keras.Variable]:
-        """The weights that `keras.layers.MultiHeadAttention` has not."""
-        return self.walk.weights
-
-    def compute_output_shape(
-        self, query_shape: Any, value_shape: Any, key_shape: Any = None
-    ) -> Any:
-        check_sequences(query_shape, value_shape, key_shape)
-        return super().compute_output_shape(query_shape, value_shape, key_shape)
-
-    def compute_output_spec(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key: Tensor = None,
-        query_mask: Tensor = None,
-        value_mask: Tensor = None,
-        key_mask: Tensor = None,
-        attention_mask: Tensor = None,
-        return_attention_scores: bool = False,
-        training: bool | None = None,
-        use_causal_mask: bool = False,
-        segment_ids: Tensor = None,
-        graph: SparseGraph | None = None,
-        cache: WalkCache | None = None,
-        cache_update_index: Any = None,
-    ) -> Any:
-        if cache is not None:
+        head_dim: int,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        use_gate: bool = False,
+        seed: int | None = None,
+        *,
+        alpha: float = 0.2,
+        steps: int = 4,
+        topk: int = 32,
+        neighbor_block: int = 16,
+        window: int = 128,
+        threshold: float | None = None,
+        edge_weight: str = "cosine",
+        concentration: Any = 20.0,
+        reversible: bool = False,
+        reciprocal_beta: float = 0.5,
+        lens_strength: Any = 0.3,
+        trainable_lens: bool = False,
+        use_discoverability: bool = False,
+        fusion: str = "sum",
+        graph_heads: int | None = None,
+        graph_dim: int = 64,
+        graph_convolution: int = 4,
+        self_edges: bool = True,
+        stopping: str = "restart",
+        block_size: int | None = None,
+        head_dim_pad: int | None = None,
+        implementation: str | None = None,
+        **kwargs: Any,
+    ):
+        options, tuning = Options.pick(locals()), Tuning.pick(locals())
+        sizes = ("head_dim", "num_query_heads", "num_key_value_heads")
+        check_stock_arguments(locals(), sizes)
+        if num_query_heads % num_key_value_heads:
             raise ValueError(
-                f"`cache` must be `None` in a symbolic call. Received: cache={type(cache).__name__}"
+                "`num_key_value_heads` must divide `num_query_heads`. Received: "
+                f"num_key_value_heads={num_key_value_heads}, num_query_heads={num_query_heads}"
             )
-        _check_no_index(cache_update_index)
-        masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
-        read_masks(query, use_causal_mask, attention_mask, segment_ids, **masks)
-        Call(use_causal_mask).check(self.options, segment_ids is not None)
-        return super().compute_output_spec(
-            query, value, key, return_attention_scores=return_attention_scores
+        super().__init__(
+            head_dim,
+            num_query_heads,
+            num_key_value_heads,
+            dropout=dropout,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            use_gate=use_gate,
+            seed=seed,
+            **kwargs,
         )
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Checks the arguments that `keras.layers.MultiHeadAttention` takes and RWR attention not."""
-    for name in ("num_heads", "key_dim"):
-        check_int(name, arguments[name], minimum=1)
-    if arguments["value_dim"] is not None:
-        check_int("value_dim", arguments["value_dim"], minimum=1)
-    Call(dropout=arguments["dropout"])
-    rules = {
-        "attention_axes": ((None, 1, (1,), [1]), "be `None` or 1, the sequence axis"),
-        "sliding_window": ((None,), "be `None`: pass `window`, which is `sliding_window - 1`"),
-        "flash_attention": ((None, False), "be `None` or `False`: `implementation` chooses"),
-    }
-    for name, (allowed, rule) in rules.items():
-        if arguments[name] not in allowed:
-            raise ValueError(f"`{name}` must {rule}. Received: {name}={arguments[name]}")
-
-
-def _check_no_index(cache_update_index: Any) -> None:
-    """Checks a call without a cache."""
-    if cache_update_index is not None:
-        raise ValueError(
-            "`cache_update_index` must be `None` without `cache`. "
-            f"Received: cache_update_index={cache_update_index}"
+        self.add_walk(
+            options,
+            tuning,
+            heads=num_query_heads,
+            kv_heads=num_key_value_heads,
+            key_dim=head_dim,
+            value_dim=head_dim,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
         )
-
-
-def _check_cached_call(
-    call: Call, masks: Masks, index: Any, return_attention_scores: bool, graph: Any
-) -> None:
-    """Checks the arguments beside `cache`."""
-    rules = {
-        "use_causal_mask": (call.is_causal, "be true"),
-        "cache_update_index": (index is not None, "be the position of the first new token"),
-        "training": (call.dropout == 0.0, "be false"),
-        "return_attention_scores": (not return_attention_scores, "be false"),
-        "attention_mask": (masks.padding_mask is None, "be `None`: all that is cached is real"),
-        "segment_ids": (masks.segment_ids is None, "be `None`: a cache holds one document"),
-        "graph": (graph is None, "be `None`: the cache is the graph"),
-    }
-    values = {"use_causal_mask": call.is_causal, "cache_update_index": index, "graph": graph}
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            received = values.get(name, "a value")
-            raise ValueError(
-                f"`{name}` must {rule} in cached decoding. Received: {name}={received}"
-            )
