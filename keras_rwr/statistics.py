@@ -13,10 +13,10 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rwr import _reference
 from keras_rwr._attend import transition_matrix
+from keras_rwr._core import WalkCore
 from keras_rwr._heads import Heads, Inputs
 from keras_rwr._tensors import repeat_heads
 from keras_rwr._tokens import Masks
-from keras_rwr.layers import RWRAttention
 from keras_rwr.options import Call, Options, Tuning
 
 __all__ = ["RecordedCall", "attention_statistics", "record_calls", "walk_statistics"]
@@ -81,7 +81,7 @@ class RecordedCall:
         is_causal: Bool. Whether it was causal.
     """
 
-    layer: RWRAttention
+    layer: Any
     inputs: Inputs
     is_causal: bool
 
@@ -104,7 +104,7 @@ class RecordedCall:
 
 @contextlib.contextmanager
 def record_calls(model: keras.layers.Layer) -> Iterator[list[RecordedCall]]:
-    """Notes the calls of a model's `RWRAttention` layers that have steps to walk.
+    """Notes the calls of a model's layers of RWR attention that have steps to walk.
 
     Args:
         model: Keras layer or model.
@@ -127,7 +127,7 @@ def record_calls(model: keras.layers.Layer) -> Iterator[list[RecordedCall]]:
         raise TypeError(f"`model` must be a Keras layer. Received: model={model!r}")
     calls: list[RecordedCall] = []
 
-    def recording(layer: RWRAttention) -> Any:
+    def recording(layer: Any) -> Any:
         make_inputs = layer.walk.inputs
 
         def record(x: Tensor, query: Tensor, key: Tensor, value: Tensor, masks: Masks, *others):
@@ -139,7 +139,7 @@ def record_calls(model: keras.layers.Layer) -> Iterator[list[RecordedCall]]:
 
         return record
 
-    layers = [x for x in model._flatten_layers() if isinstance(x, RWRAttention)]
+    layers = [x for x in model._flatten_layers() if isinstance(getattr(x, "walk", None), WalkCore)]
     layers = [x for x in layers if x.options.steps > 0]
     for layer in layers:
         object.__setattr__(layer.walk, "inputs", recording(layer))

@@ -29,14 +29,13 @@ from gpt2_models import (
 from helpers import compiled
 from keras import ops
 
-from keras_rwr.layers import RWRAttention
 from keras_rwr.models import (
     RWRGPT2Backbone,
     RWRGPT2CausalLM,
     checkpointing,
+    conversion,
     patch_gpt2_with_rwr,
 )
-from keras_rwr.models.gpt2_decoder import TransformerDecoder
 
 
 def stock_backbone(**arguments):
@@ -130,7 +129,7 @@ def test_layers_that_do_not_walk_are_local_alone():
     assert walking.options.stopping == "gated"
     # Without any that walks, a token sees no further than its windows reach.
     model = rwr_backbone(**STEPS["R5"], rwr_layers=())
-    assert model._rwr_weights() == []
+    assert conversion.walk_weights(model) == []
     tokens = make_tokens()
     other = np.concatenate([make_tokens(6)[:, :2], tokens[:, 2:]], axis=1)
     expected, output = (numpy(model(make_batch(x)))[0] for x in (tokens, other))
@@ -181,6 +180,7 @@ def test_fit_lowers_the_loss():
     np.testing.assert_allclose(perplexity, np.exp(total), rtol=1e-3)
 
 
+@pytest.mark.costly
 def test_mixed_precision():
     exact = RWRGPT2Backbone(**ONE_LAYER, **STEPS["R5"])
     model = RWRGPT2Backbone(**ONE_LAYER, **STEPS["R5"], dtype="mixed_bfloat16")
@@ -460,6 +460,7 @@ OPTION_SETS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("options", OPTION_SETS, ids=["many", "R5"])
 def test_config_and_file_round_trip(tmp_path, options):
     backbone = rwr_backbone(**options)
@@ -469,8 +470,12 @@ def test_config_and_file_round_trip(tmp_path, options):
     assert again.get_config() == backbone.get_config()
     assert type(again.get_config()["rwr_layers"]) in (list, type(None))
     attention = again.transformer_layers[1]._self_attention_layer
-    assert isinstance(attention, RWRAttention)
-    config = {**attention.get_config(), "rwr_layers": again.rwr_options["rwr_layers"]}
+    config = {
+        **attention.options.to_config(),
+        **attention.tuning.to_config(),
+        "dropout": attention.dropout_layer_of_probabilities.rate,
+        "rwr_layers": again.rwr_options["rwr_layers"],
+    }
     for name, value in {**SMALL, **options}.items():
         assert config[name] == value
 
@@ -518,29 +523,6 @@ def test_layouts_of_the_weights_of_the_walk():
     }
     walk = {path.split("/")[-1]: x for path, x in layouts.items() if "/walk/" in path}
     assert {name: x and tuple(x.axes) for name, x in walk.items()} == axes
-
-
-def test_decoder_round_trip():
-    decoder = TransformerDecoder(
-        20, 2, rwr_options=SMALL, activation="gelu", normalize_first=False, dropout=0.1
-    )
-    stock = keras_hub.layers.TransformerDecoder(20, 2, activation="gelu", normalize_first=False)
-    x = np.random.default_rng(0).normal(size=(BATCH, LENGTH, 12)).astype("float32")
-    decoder.build(x.shape)
-    stock.build(x.shape)
-    serialized = keras.saving.serialize_keras_object(decoder)
-    assert serialized["registered_name"] == "keras_rwr>RWRTransformerDecoder"
-    again = keras.saving.deserialize_keras_object(serialized)
-    assert type(again) is TransformerDecoder
-    assert again.built
-    assert again.rwr_options == SMALL
-    plain = TransformerDecoder(20, 2, rwr_options=PLAIN, activation="gelu")
-    plain.build(x.shape)
-    plain.set_weights([numpy(weight) for weight in stock.weights])
-    for is_causal in (True, False):
-        output = plain(x, decoder_padding_mask=MASK, use_causal_mask=is_causal)
-        expected = stock(x, decoder_padding_mask=MASK, use_causal_mask=is_causal)
-        assert_same(numpy(output)[MASK > 0], numpy(expected)[MASK > 0])
 
 
 @pytest.mark.parametrize(

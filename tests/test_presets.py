@@ -26,6 +26,7 @@ from keras_rwr.models import (
     RWRGPT2CausalLMPreprocessor,
     RWRGPT2Preprocessor,
     RWRGPT2Tokenizer,
+    conversion,
 )
 
 OPTIONS = {**STEPS["R5"], "use_discoverability": True}
@@ -66,7 +67,7 @@ def stock_preset(stock, tmp_path_factory):
 @pytest.fixture(scope="module")
 def own(stock_preset):
     task = RWRGPT2CausalLM.from_preset(stock_preset, **OPTIONS)
-    for weight in task.backbone._rwr_weights():
+    for weight in conversion.walk_weights(task.backbone):
         weight.assign(weight + 0.125)
     return task
 
@@ -251,9 +252,7 @@ def test_bad_presets(cls, own_preset, tmp_path):
         vocabulary_size=11, num_layers=1, num_heads=1, hidden_dim=4, intermediate_dim=4
     ).save_to_preset(tmp_path)
     for preset in (str(tmp_path), str(tmp_path / "none"), "gpt2_base"):
-        with pytest.raises(
-            ValueError, match=r"`preset` must be a GPT-2.*(?s:.)*Received: preset='"
-        ):
+        with pytest.raises(ValueError, match=r"`preset` must be a GPT2.*(?s:.)*Received: preset='"):
             cls.from_preset(preset)
     with pytest.raises(ValueError, match=r"must be those that the preset was saved with, window=3"):
         cls.from_preset(own_preset, window=5, topk=4)

@@ -1,4 +1,4 @@
-"""Generation with the walk cache, for KerasHub's GPT-2 task."""
+"""Generation with the walk cache, for KerasHub's causal language models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,18 @@ import numpy as np
 from keras import ops
 
 from keras_rwr._cache import WalkCache
-from keras_rwr.models.gpt2_decoder import TransformerDecoder
+from keras_rwr.models.attention import WalkingBlock, head_sizes
+from keras_rwr.models.families import family_of
 
 Tensor = Any
 
 
 class WalkCacheGeneration:
-    """Cached generation for a `GPT2CausalLM` whose decoder blocks may have RWR attention.
+    """Cached generation for a causal language model whose blocks may have RWR attention.
 
     The cache is a tuple with one entry a block: the tensors of a `WalkCache` by name, or for a
-    stock block KerasHub's tensor `(B, 2, S, N, H)`. KerasHub's samplers carry it through their
-    loops.
+    stock block KerasHub's, keys and values of shape `(B, S, M, H)`. KerasHub's samplers carry it
+    through their loops.
     """
 
     backbone: Any
@@ -27,7 +28,7 @@ class WalkCacheGeneration:
     def make_generate_function(self) -> Callable:
         """Creates or returns the compiled generation function, which checks its prompts."""
         # Named, not `super()`: patching binds these methods to stock tasks.
-        generate_function = keras_hub.models.GPT2CausalLM.make_generate_function(self)
+        generate_function = keras_hub.models.CausalLM.make_generate_function(self)
 
         def checked_generate_function(inputs: Any, stop_token_ids: Any = None) -> Any:
             check_prompts(inputs["padding_mask"])
@@ -36,7 +37,7 @@ class WalkCacheGeneration:
         return checked_generate_function
 
     def call_with_cache(
-        self, token_ids: Tensor, cache: tuple, cache_update_index: Any
+        self, token_ids: Tensor, cache: tuple, cache_update_index: Any, **others: Any
     ) -> tuple[Tensor, Tensor, tuple]:
         """Forward pass of new tokens, given the cache of the tokens before them.
 
@@ -46,6 +47,8 @@ class WalkCacheGeneration:
                 torch, where no gradient is recorded, it is updated in place.
             cache_update_index: Int or int tensor, the position of the first new token. The int 0
                 begins the sequences in one forward pass.
+            **others: What some of KerasHub's models pass besides. The masks are not needed: a
+                token of a prompt is written again as it was.
 
         Returns:
             Tuple of the logits `(B, T, vocabulary_size)` and hidden states `(B, T, hidden_dim)` of
@@ -54,23 +57,17 @@ class WalkCacheGeneration:
         Raises:
             ValueError: If `cache` was made for another model.
         """
-        blocks = self.backbone.transformer_layers
-        _check_cache(cache, blocks)
-        tokens = self.backbone.token_embedding(token_ids)
-        positions = self.backbone.position_embedding(tokens, start_index=cache_update_index)
-        x = self.backbone.embeddings_add((tokens, positions))
-        x = self.backbone.embeddings_dropout(x)
+        backbone, family = self.backbone, family_of(type(self.backbone))
+        _check_cache(cache, backbone.transformer_layers)
+        x = family.embed(backbone, token_ids, cache_update_index)
         updated = []
-        for block, entry in zip(blocks, cache, strict=True):
-            walks = isinstance(block, TransformerDecoder)
-            x, entry = block(
-                x,
-                self_attention_cache=WalkCache(**entry) if walks else entry,
-                self_attention_cache_update_index=cache_update_index,
-            )
+        for block, entry in zip(backbone.transformer_layers, cache, strict=True):
+            walks = isinstance(block, WalkingBlock)
+            given = WalkCache(**entry) if walks else entry
+            x, entry = family.step(block, x, given, cache_update_index)
             updated.append(entry.tensors() if walks else entry)
-        hidden_states = self.backbone.layer_norm(x)
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        hidden_states = getattr(backbone, family.norm)(x)
+        logits = backbone.token_embedding(hidden_states, reverse=True)
         return logits, hidden_states, tuple(updated)
 
     def empty_cache(self, batch_size: Any, length: int) -> tuple:
@@ -83,17 +80,20 @@ class WalkCacheGeneration:
         Returns:
             Tuple with one entry a decoder block, for `call_with_cache`.
         """
+        family = family_of(type(self.backbone))
         cache = []
         for block in self.backbone.transformer_layers:
-            if isinstance(block, TransformerDecoder):
-                cache.append(block.empty_cache(batch_size, length).tensors())
-            else:
-                heads = self.backbone.num_heads
-                shape = (batch_size, 2, length, heads, self.backbone.hidden_dim // heads)
-                cache.append(ops.zeros(shape, dtype=self.compute_dtype))
+            attention = family.attention_of(block)
+            if isinstance(block, WalkingBlock):
+                cache.append(attention.empty_cache(batch_size, length).tensors())
+                continue
+            sizes = head_sizes(family.kind, attention, self.backbone.hidden_dim)
+            shape = (batch_size, length, sizes["kv_heads"], sizes["key_dim"])
+            entries = [ops.zeros(shape, dtype=self.compute_dtype) for _ in range(2)]
+            cache.append(tuple(entries) if family.cache_is_pair else ops.stack(entries, axis=1))
         return tuple(cache)
 
-    def _build_cache(self, token_ids: Tensor) -> tuple[Tensor, tuple]:
+    def _build_cache(self, token_ids: Tensor, *others: Any) -> tuple[Tensor, tuple]:
         cache = self.empty_cache(*ops.shape(token_ids))
         _, hidden_states, cache = self.call_with_cache(token_ids, cache, 0)
         return hidden_states, cache
@@ -118,8 +118,8 @@ def _check_cache(cache: Any, blocks: Any) -> None:
             f"each decoder block. Received: cache={received}"
         )
     for number, (entry, block) in enumerate(zip(cache, blocks, strict=True)):
-        if isinstance(entry, dict) != isinstance(block, TransformerDecoder):
-            kind = "a dict" if isinstance(block, TransformerDecoder) else "a tensor"
+        if isinstance(entry, dict) != isinstance(block, WalkingBlock):
+            kind = "a dict" if isinstance(block, WalkingBlock) else "a tensor"
             raise ValueError(
                 f"`cache[{number}]` must be {kind} for a block of the class "
                 f"{type(block).__module__}.{type(block).__name__}. "

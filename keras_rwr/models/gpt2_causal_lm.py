@@ -1,20 +1,17 @@
 """GPT-2 with RWR attention as a language model."""
 
-import gc
-from typing import Any, Self
+from typing import Any
 
 import keras
 import keras_hub
 
-from keras_rwr.models import checkpointing
-from keras_rwr.models import gpt2_conversion as conversion
 from keras_rwr.models import gpt2_preprocessor as preprocessing
-from keras_rwr.models.generation import WalkCacheGeneration
+from keras_rwr.models.causal_lm import RWRCausalLM
 from keras_rwr.models.gpt2_backbone import RWRGPT2Backbone
 
 
 @keras.saving.register_keras_serializable(package="keras_rwr")
-class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
+class RWRGPT2CausalLM(RWRCausalLM, keras_hub.models.GPT2CausalLM):
     """KerasHub's `GPT2CausalLM` on a `RWRGPT2Backbone`.
 
     Everything but the backbone and the cache of `generate` is KerasHub's: the preprocessor and the
@@ -54,77 +51,10 @@ class RWRGPT2CausalLM(WalkCacheGeneration, keras_hub.models.GPT2CausalLM):
     backbone_cls = RWRGPT2Backbone
     preprocessor_cls = preprocessing.RWRGPT2CausalLMPreprocessor
     stock_cls = keras_hub.models.GPT2CausalLM
-    presets = conversion.StockPresets()
-
-    def __init__(self, backbone: RWRGPT2Backbone, preprocessor: Any = None, **kwargs: Any):
-        if not isinstance(backbone, RWRGPT2Backbone):
-            raise TypeError(
-                f"`backbone` must be a `RWRGPT2Backbone`. Received: backbone={backbone}"
-            )
-        with checkpointing.blocks_only():
-            super().__init__(backbone=backbone, preprocessor=preprocessor, **kwargs)
 
     @classmethod
-    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Self:
-        """Loads a GPT-2 preset with its preprocessor, and converts it if it is a stock one.
+    def _from_stock_preprocessor(cls, preprocessor: Any) -> Any:
+        return preprocessing.convert(preprocessor, preprocessing.TO_RWR)
 
-        A stock preset gives a task with its weights and the RWR options asked for. A preset that
-        `save_to_preset` of this class wrote loads as it was saved.
-
-        Args:
-            preset: String. A name in `RWRGPT2CausalLM.presets` such as `"gpt2_base_en"`, a Kaggle
-                handle `"kaggle://..."`, a Hugging Face handle `"hf://..."`, or a local folder.
-            load_weights: Bool. Whether to load the weights, instead of drawing them.
-            **kwargs: RWR options, such as `window`, and arguments of
-                `keras_hub.models.GPT2CausalLM.from_preset`, such as `dtype`, or
-                `preprocessor=None` for a task that takes tokens.
-
-        Returns:
-            A `RWRGPT2CausalLM`.
-
-        Raises:
-            ValueError: If KerasHub finds no GPT-2 there, or one with RWR attention and other
-                options than those asked for.
-            TypeError: If an argument is unknown.
-
-        Example:
-
-        ```python
-        language_model = keras_rwr.models.RWRGPT2CausalLM.from_preset("gpt2_base_en", window=64)
-        language_model.generate("RWR attention is", max_length=40)
-        ```
-        """
-        options, arguments = conversion.split_arguments(kwargs, cls.stock_cls, "dtype")
-        task = conversion.load_preset(cls.stock_cls, preset, load_weights, arguments)
-        backbone = task.backbone
-        if isinstance(backbone, RWRGPT2Backbone):
-            conversion.check_same_options(backbone, options)
-        else:
-            backbone = RWRGPT2Backbone.from_backbone(backbone, **options)
-        if isinstance(task, cls):
-            return task
-        preprocessor = preprocessing.convert(task.preprocessor, preprocessing.TO_RWR)
-        task = cls(backbone, preprocessor, name=task.name)
-        # Models are cycles of references: free the weights of the stock one now.
-        gc.collect()
-        return task
-
-    def to_stock(self, drop_rwr_weights: bool = False) -> keras_hub.models.GPT2CausalLM:
-        """Makes a stock task with the weights and the preprocessor of this one.
-
-        Args:
-            drop_rwr_weights: Bool. Whether to leave out the weights that only RWR attention has.
-                Defaults to `False`; see `RWRGPT2Backbone.to_stock`.
-
-        Returns:
-            A `keras_hub.models.GPT2CausalLM` with copies of the weights, compiled as KerasHub does
-            by default.
-
-        Raises:
-            ValueError: If there are such weights and `drop_rwr_weights` is false, or LoRA's.
-        """
-        return self.stock_cls(
-            self.backbone.to_stock(drop_rwr_weights),
-            preprocessing.convert(self.preprocessor, preprocessing.TO_STOCK),
-            name=self.name,
-        )
+    def _to_stock_preprocessor(self) -> Any:
+        return preprocessing.convert(self.preprocessor, preprocessing.TO_STOCK)

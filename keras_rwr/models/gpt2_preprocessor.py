@@ -9,8 +9,8 @@ from typing import Any, Self
 import keras
 import keras_hub
 
+from keras_rwr.models.conversion import StockPresets
 from keras_rwr.models.gpt2_backbone import RWRGPT2Backbone
-from keras_rwr.models.gpt2_conversion import StockPresets
 
 
 class _Converted:

@@ -1,6 +1,5 @@
 """RWR attention in a stock GPT-2 that exists already, in place."""
 
-import dataclasses
 import gc
 import sys
 import types
@@ -9,26 +8,14 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_rwr.models import gpt2_conversion as conversion
+from keras_rwr.models import attention, conversion
+from keras_rwr.models.attention import WalkingBlock, refresh_torch
 from keras_rwr.models.generation import WalkCacheGeneration
 from keras_rwr.models.gpt2_backbone import RWRGPT2Backbone
-from keras_rwr.models.gpt2_decoder import (
-    TransformerDecoder,
-    make_attention,
-    refresh_torch,
-    swap,
-)
 
 _GENERATION = ("make_generate_function", "call_with_cache", "empty_cache", "_build_cache")
 _FUNCTIONS = ("train_function", "test_function", "predict_function", "generate_function")
 _LOOPS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unpatched:
-    """What undoing needs. Keras would save and torch would train a layer that stood by itself."""
-
-    attention: keras.layers.Layer
 
 
 def patch_gpt2_with_rwr(model: Any, *, layers: Any = None, **rwr_options: Any) -> Any:
@@ -73,11 +60,8 @@ def patch_gpt2_with_rwr(model: Any, *, layers: Any = None, **rwr_options: Any) -
     decoders = _choose(backbone.transformer_layers, layers)
     models = _models_with(backbone)
     _refuse_while_running(models)
-    attentions = [make_attention(decoder, rwr_options) for decoder in decoders]
-    for decoder, attention in zip(decoders, attentions, strict=True):
-        vars(decoder)["_unpatched"] = _Unpatched(decoder._self_attention_layer)
-        decoder.rwr_options = dict(rwr_options)
-        swap(decoder, TransformerDecoder, attention)
+    for decoder in decoders:
+        conversion.convert_block(backbone, decoder, rwr_options)
     for owner in models:
         if isinstance(owner, keras_hub.models.GPT2CausalLM):
             for name in _GENERATION:
@@ -103,7 +87,7 @@ def unpatch_gpt2(model: Any) -> Any:
         ValueError: If nothing is patched, or the model is in `fit`, `evaluate` or `predict`.
     """
     backbone = _stock_backbone(model)
-    decoders: Any = [x for x in backbone.transformer_layers if isinstance(x, TransformerDecoder)]
+    decoders: Any = [x for x in backbone.transformer_layers if isinstance(x, WalkingBlock)]
     if not decoders:
         raise ValueError(
             "`model` must have layers patched by `patch_gpt2_with_rwr`. "
@@ -112,10 +96,7 @@ def unpatch_gpt2(model: Any) -> Any:
     models = _models_with(backbone)
     _refuse_while_running(models)
     for decoder in decoders:
-        attention = vars(decoder).pop("_unpatched").attention
-        attention._trainable = decoder._self_attention_layer.trainable
-        del decoder.rwr_options
-        swap(decoder, keras_hub.layers.TransformerDecoder, attention)
+        attention.restore(decoder, decoder._self_attention_layer)
     for owner in models:
         for name in _GENERATION:
             vars(owner).pop(name, None)
@@ -145,7 +126,7 @@ def _choose(decoders: list, layers: Any) -> list:
         numbers = conversion.layer_numbers("layers", layers, len(decoders))
     if not numbers:
         raise ValueError(f"`layers` must be one or more layers. Received: layers={layers!r}")
-    patched = [x for x in numbers if isinstance(decoders[x], TransformerDecoder)]
+    patched = [x for x in numbers if isinstance(decoders[x], WalkingBlock)]
     if patched:
         raise ValueError(
             "`layers` must be stock layers: call `unpatch_gpt2` first to patch them anew. "

@@ -1,4 +1,4 @@
-"""What the GPT-2 classes share: RWR options of a model, presets, and weights on the move."""
+"""What models share: the RWR options of a model, presets, and weights on the move."""
 
 import difflib
 import inspect
@@ -11,12 +11,15 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_rwr.models.gpt2_decoder import TransformerDecoder
+from keras_rwr._checks import check_bool, check_choice
+from keras_rwr.models import attention
+from keras_rwr.models.families import family_of
 from keras_rwr.options import Call, Options, Tuning
 
 _OPTIONS = (*Options.names(), *Tuning.names())
-# Those of a model have the layers that walk besides.
-_MODEL_OPTIONS = (*_OPTIONS, "rwr_layers")
+# Those of a model say besides which layers walk, what the others do, and what its inputs mean.
+_OF_MODELS = ("rwr_layers", "rwr_others", "rwr_packed")
+_MODEL_OPTIONS = (*_OPTIONS, *_OF_MODELS)
 
 
 class StockPresets:
@@ -27,13 +30,13 @@ class StockPresets:
 
 
 def check_options(
-    options: Mapping[str, Any], context: int, others: Iterable[str] = ()
+    options: Mapping[str, Any], context: int | None, others: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Checks the RWR options of a causal attention layer by themselves and against its context.
 
     Args:
         options: Mapping of options.
-        context: Int, the model's `max_sequence_length`.
+        context: `None` or int, the model's `max_sequence_length`.
         others: Names of other arguments, one of which an unknown option may have been meant for.
 
     Returns:
@@ -47,7 +50,7 @@ def check_options(
     meaning = Options.pick(options)
     Call(is_causal=True).check(meaning)
     # A window over the whole context leaves nothing to link to, whatever `topk` is.
-    if meaning.topk > context > meaning.window + 1:
+    if context is not None and meaning.topk > context > meaning.window + 1:
         raise ValueError(
             "`topk` must be at most `max_sequence_length`, the model's context. "
             f"Received: topk={meaning.topk}, max_sequence_length={context}"
@@ -56,22 +59,33 @@ def check_options(
 
 
 def check_model_options(
-    options: Mapping[str, Any], num_layers: int, context: int
+    options: Mapping[str, Any], num_layers: int, context: int | None
 ) -> dict[str, Any]:
-    """The same as `check_options` for a model, with `rwr_layers`."""
-    layers = options.get("rwr_layers")
+    """The same as `check_options` for a model, with its own options."""
+    layers, others = options.get("rwr_layers"), options.get("rwr_others", "local")
     if layers is not None:
         layers = layer_numbers("rwr_layers", layers, num_layers)
-    others = {name: value for name, value in options.items() if name != "rwr_layers"}
-    return {**check_options(others, context), "rwr_layers": layers}
+    check_choice("rwr_others", others, ("local", "stock"))
+    rest = {name: value for name, value in options.items() if name not in _OF_MODELS}
+    packed = options.get("rwr_packed", False)
+    check_bool("rwr_packed", packed)
+    own = {"rwr_layers": layers, "rwr_others": others, "rwr_packed": packed}
+    if packed and layers is not None and others == "stock":
+        raise ValueError(
+            '`rwr_others` must be "local" with `rwr_packed`: stock attention sees all documents of '
+            f"a row. Received: rwr_others={others!r}"
+        )
+    return {**check_options(rest, context), **own}
 
 
-def layer_options(model_options: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """The options of one layer of a model."""
+def layer_options(model_options: Mapping[str, Any], number: int) -> dict[str, Any] | None:
+    """The options of one layer of a model; `None` where it keeps the stock attention."""
     options = {name: model_options[name] for name in _OPTIONS}
     layers = model_options["rwr_layers"]
     if layers is None or number in layers:
         return options
+    if model_options["rwr_others"] == "stock":
+        return None
     return {**options, **Options.pick(options).local_only().to_config()}
 
 
@@ -117,20 +131,19 @@ def check_names(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def split_arguments(
-    arguments: Mapping[str, Any], cls: type, *others: str
+    arguments: Mapping[str, Any], cls: type
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into RWR options and those of a class of KerasHub.
 
     Args:
         arguments: Mapping.
         cls: Class of KerasHub.
-        *others: Names of arguments that its constructor does not list.
 
     Raises:
         TypeError: If one is neither.
     """
     listed = [x.name for x in inspect.signature(cls).parameters.values() if x.kind != x.VAR_KEYWORD]
-    check_names(arguments, (*_MODEL_OPTIONS, *listed, *others, "name", "trainable"))
+    check_names(arguments, (*_MODEL_OPTIONS, *listed, "dtype", "name", "trainable"))
     options = {name: x for name, x in arguments.items() if name in _MODEL_OPTIONS}
     return options, {name: x for name, x in arguments.items() if name not in options}
 
@@ -139,7 +152,7 @@ def check_same_options(backbone: Any, options: Mapping[str, Any]) -> None:
     """Checks that options asked for are those that a saved model has."""
     saved = backbone.rwr_options
     wanted = check_model_options(
-        {**saved, **options}, backbone.num_layers, backbone.max_sequence_length
+        {**saved, **options}, backbone.num_layers, getattr(backbone, "max_sequence_length", None)
     )
     differing = [name for name, value in wanted.items() if value != saved[name]]
     if differing:
@@ -148,33 +161,55 @@ def check_same_options(backbone: Any, options: Mapping[str, Any]) -> None:
             f"RWR options must be those that the preset was saved with, "
             f"{', '.join(f'{name}={saved[name]!r}' for name in differing)}. To change them, load "
             "the preset without them and convert its backbone with "
-            f"`RWRGPT2Backbone.from_backbone(backbone, {listed})`. Received: {listed}"
+            f"`{type(backbone).__name__}.from_backbone(backbone, {listed})`. Received: {listed}"
         )
 
 
 def patched_options(backbone: Any) -> dict[str, Any]:
     """The RWR options of a stock backbone that is patched; of others none."""
-    blocks = backbone.transformer_layers
-    if not any(isinstance(block, TransformerDecoder) for block in blocks):
+    found = [_options_of(layer) for layer in attention_layers(backbone)]
+    patched = [options for options in found if options is not None]
+    if not patched:
         return {}
-    context, everything = backbone.max_sequence_length, range(len(blocks))
-    found = [
-        check_options(block.rwr_options, context) if isinstance(block, TransformerDecoder) else {}
-        for block in blocks
-    ]
-    walking = [number for number in everything if Options.pick(found[number]).walks]
-    model_options = {**found[walking[0] if walking else 0], "rwr_layers": walking}
-    if {} in found or found != [layer_options(model_options, number) for number in everything]:
+    walking = [number for number, x in enumerate(found) if x and Options.pick(x).walks]
+    options = {
+        **next((x for x in patched if Options.pick(x).walks), patched[0]),
+        "rwr_layers": walking if len(walking) < len(found) else None,
+        "rwr_others": "local" if len(patched) == len(found) else "stock",
+        "rwr_packed": False,
+    }
+    if found != [layer_options(options, number) for number in range(len(found))]:
         raise ValueError(
-            "`backbone` must have RWR attention in all layers or in none, with the same options "
-            "in all that are not LOCAL alone: call `unpatch_gpt2` first. "
+            "`backbone` must have the same options in all layers that walk, and in all others "
+            "LOCAL alone with the same window, or stock attention: call `unpatch_gpt2` first. "
             f"Received: backbone with the options {found}"
         )
-    return model_options if len(walking) < len(found) else {**found[0], "rwr_layers": None}
+    return options
+
+
+def attention_layers(backbone: Any) -> list[Any]:
+    """The attention layers of a backbone, in order."""
+    family = family_of(type(backbone))
+    return [family.attention_of(block) for block in backbone.transformer_layers]
+
+
+def convert_block(
+    backbone: Any, block: Any, options: Mapping[str, Any], is_packed: bool = False
+) -> None:
+    """Puts RWR attention into a block of a backbone; see `attention.convert`."""
+    family = family_of(type(backbone))
+    layer = family.attention_of(block)
+    attention.convert(block, layer, family.kind, options, backbone.hidden_dim, is_packed)
+
+
+def _options_of(layer: Any) -> dict[str, Any] | None:
+    if not isinstance(layer, attention.WalkingAttention):
+        return None
+    return {**layer.options.to_config(), **layer.tuning.to_config()}
 
 
 def load_preset(stock_cls: Any, preset: str, load_weights: bool, arguments: dict) -> Any:
-    """Loads a preset of GPT-2, stock or ours.
+    """Loads a preset of a family, stock or ours.
 
     Args:
         stock_cls: KerasHub's class, whose `from_preset` also finds our subclass of it.
@@ -186,14 +221,15 @@ def load_preset(stock_cls: Any, preset: str, load_weights: bool, arguments: dict
         An instance of `stock_cls` or of our subclass of it.
 
     Raises:
-        ValueError: If KerasHub finds no GPT-2 there.
+        ValueError: If KerasHub finds no model of the family there.
     """
     try:
         return stock_cls.from_preset(preset, load_weights=load_weights, **arguments)
     except ValueError as error:
         raise ValueError(
-            "`preset` must be a GPT-2: a name in `presets`, a Kaggle or Hugging Face handle, or a "
-            f"folder that `save_to_preset` wrote. KerasHub cannot load it as one: {error}\n"
+            f"`preset` must be a {stock_cls.__name__}: a name in `presets`, a Kaggle or Hugging "
+            "Face handle, or a folder that `save_to_preset` wrote. KerasHub cannot load it as one: "
+            f"{error}\n"
             f"Received: preset={preset!r}"
         ) from error
 
@@ -211,13 +247,21 @@ def quantized_dtype(preset: str) -> Any:
     return dtype if is_map else None
 
 
-def copy_weights(source: keras.Model, target: keras.Model, dropped: Iterable[str] = ()) -> None:
-    """Copies weights by path.
+def left_out(backbone: Any, stock_cls: Any) -> dict[str, Any]:
+    """The arguments of a stock class that its `get_config` forgets, such as Llama's tied ones."""
+    known = backbone.__dict__
+    config = stock_cls.get_config(backbone)
+    names = inspect.signature(stock_cls).parameters
+    return {name: known[name] for name in names if name in known and name not in config}
+
+
+def copy_weights(source: keras.Model, target: keras.Model, drop_walk: bool = False) -> None:
+    """Copies the weights of one backbone to another of the same family and sizes.
 
     Args:
-        source: Model to copy from.
-        target: Model that has a weight of each path.
-        dropped: Paths of the weights of `source` to leave out.
+        source: Backbone to copy from.
+        target: Backbone that has a place for each weight.
+        drop_walk: Bool. Whether to leave out what only RWR attention has.
     """
     if any(getattr(layer, "lora_enabled", False) for layer in source._flatten_layers()):
         raise ValueError(
@@ -225,14 +269,28 @@ def copy_weights(source: keras.Model, target: keras.Model, dropped: Iterable[str
             "matrices into the kernels, and convert what `from_preset` loads. "
             f"Received: backbone={source}"
         )
-    weights = {weight.path: weight for weight in target.weights}
-    copied = [weight for weight in source.weights if weight.path not in dropped]
-    missing = [weight.path for weight in copied if weight.path not in weights]
+    copied = {} if drop_walk else {weight.path: weight for weight in walk_weights(source)}
+    walk = {weight.path: weight for weight in walk_weights(target)}
+    missing = [path for path in copied if path not in walk]
     if missing:
         raise ValueError(
             f"`backbone` must have no weights but those of {type(target).__name__}. "
             f"Received: backbone with the weights {missing}"
         )
-    for weight in copied:
+    pairs = [(weight, walk[path]) for path, weight in copied.items()]
+    # Keras numbers the names of some layers, so the order tells which is which, not the path.
+    pairs += zip(_stock_weights(source), _stock_weights(target), strict=True)
+    for old, new in pairs:
         # Without the copy, both would share jax's buffer, which a training step deletes.
-        weights[weight.path].assign(ops.copy(weight))
+        new.assign(ops.copy(old))
+
+
+def walk_weights(backbone: Any) -> list[keras.Variable]:
+    """The weights of a backbone that only RWR attention has."""
+    layers = [x for x in attention_layers(backbone) if isinstance(x, attention.WalkingAttention)]
+    return [weight for layer in layers for weight in layer.extra_weights]
+
+
+def _stock_weights(backbone: Any) -> list[keras.Variable]:
+    walk = {id(weight) for weight in walk_weights(backbone)}
+    return [weight for weight in backbone.weights if id(weight) not in walk]
