@@ -1,10 +1,12 @@
 """Text, vocabulary and batches of the language models."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import math
 import os
+import sysconfig
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +18,7 @@ CHOICES = "`embedded`, a .txt/.gz/.xz file, a folder of such files, or `finewebe
 SUFFIXES = (".txt", ".gz", ".xz")
 EMBEDDED = Path(__file__).parents[1] / "examples" / "data"
 VALIDATION_SHARE = 0.05  # held out of a file, a folder or a stream
+VOCABULARY_CHARACTERS = 50_000_000  # of the training text, from which a vocabulary is made
 CHARACTERS_PER_TOKEN = 6  # more than any vocabulary here reaches, so a stream is long enough
 
 
@@ -89,23 +92,51 @@ def stream_finewebedu(characters: int) -> list[str]:
             f"`dataset` needs the package `datasets` to be streamed ({error}). {remedy}. "
             "Received: dataset=finewebedu"
         ) from error
-    documents: list[str] = []
-    seen = 0
     try:
         stream = datasets.load_dataset(
             "HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True
         )
-        for row in stream:
-            documents.append(row["text"])
-            seen += len(row["text"])
-            if seen >= characters:
-                break
+        return until((row["text"] for row in stream), characters)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(
             f"`dataset` could not be streamed: is this machine offline? "
             f"({type(error).__name__}: {error}) {remedy}. Received: dataset=finewebedu"
         ) from error
-    return documents
+
+
+def read_packages() -> tuple[list[str], list[str]]:
+    """The Python code of this interpreter's installed packages: training and validation documents.
+
+    Each file of 2,000 to 400,000 characters is one, in an order that is drawn once for all. The
+    packages in whose name's SHA-256 the first byte is below 13, one in 20, are held out.
+    """
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    parts: tuple[list[str], list[str]] = ([], [])
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            package = path.relative_to(folder).parts[0]
+            if package == "site-packages" or not 2_000 <= path.stat().st_size <= 400_000:
+                continue  # inside the standard library's folder, and read as one of its own
+            try:
+                text = path.read_text("utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            is_held_out = hashlib.sha256(package.encode()).digest()[0] < 13
+            parts[is_held_out].append(text)
+    for documents in parts:
+        np.random.default_rng(0).shuffle(documents)
+    return parts
+
+
+def until(documents: Iterable[str], characters: int) -> list[str]:
+    """The first documents that have so many characters together, or all."""
+    found: list[str] = []
+    for document in documents:
+        found.append(document)
+        characters -= len(document)
+        if characters <= 0:
+            break
+    return found
 
 
 def load_documents(
@@ -114,10 +145,13 @@ def load_documents(
     """Training and validation documents.
 
     Args:
-        dataset: str. `"embedded"`, a path, or `"finewebedu"`.
+        dataset: str. `"embedded"`, a path, `"packages"`, or `"finewebedu"`.
         tokens: int. How many tokens the run reads; only a stream is cut to it.
         validation_dataset: None, or str: a path. Nothing is held out then.
     """
+    if dataset == "packages" and validation_dataset is None:
+        training, validation = read_packages()
+        return until(training, tokens * CHARACTERS_PER_TOKEN), validation
     if dataset == "embedded":
         training = read_path(EMBEDDED / "train.txt.xz")
     elif dataset == "finewebedu":
@@ -205,7 +239,8 @@ def prepare_tokens(folder: Path, arguments: dict, train_tokens: int) -> dict[str
     if arguments["vocabulary"] is not None:
         vocabulary, merges = read_vocabulary(arguments["vocabulary"])
     else:
-        vocabulary, merges = train_vocabulary(training, arguments["vocabulary_size"])
+        sample = until(training, VOCABULARY_CHARACTERS)
+        vocabulary, merges = train_vocabulary(sample, arguments["vocabulary_size"])
         if not merges:
             raise UsageError(
                 "`dataset` must hold enough text for a byte-pair vocabulary. "
