@@ -100,6 +100,7 @@ def test_every_step_has_the_variables_of_stock_gpt2():
 TRAINING_STEPS = {"torch": 200}.get(keras.backend.backend(), 1000)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("step", ["R3", "R5"])
 def test_long_training_stays_finite(step):
     options = {**SMALL_R5, "rwr_layers": [0]} if step == "R5" else SMALL_GRAPH

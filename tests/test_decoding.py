@@ -131,6 +131,7 @@ def test_stepwise_decoding_equals_the_full_forward_pass(name):
 
 
 @pytest.mark.costly
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "stops", "more"),
     [
@@ -248,6 +249,7 @@ def test_the_cache_of_one_prompt_serves_several_beams():
     assert_close(output, full(layer, x)[:, PROMPT:], 1e-5)
 
 
+@pytest.mark.costly
 def test_the_work_of_a_token_grows_by_block_scores_alone(monkeypatch):
     """Multiplications for scores, and numbers gathered, at two contexts."""
     layer = make_layer(**OPTIONS["R2"])

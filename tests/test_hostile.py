@@ -11,6 +11,8 @@ from keras_rwr.ablation import build_backbone, step_options
 from keras_rwr.ops import attention_scores, rwr_attention, token_importance
 from keras_rwr.options import Call, Options, Tuning
 
+pytestmark = pytest.mark.costly  # all together
+
 NAN, INFINITE = float("nan"), float("inf")
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 

@@ -19,6 +19,8 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "grain", types.ModuleType("grain"))
     from keras_hub.src.tests import test_case
 
+pytestmark = pytest.mark.costly
+
 ARGUMENTS = {
     **ONE_LAYER,
     **SMALL,

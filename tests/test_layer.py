@@ -678,6 +678,7 @@ def test_one_graph_made_before_the_call():
 # --- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_dropout_in_training_only():
     layer = built(layer_of(**R5, dropout=0.5, seed=3))
     x = make_inputs()

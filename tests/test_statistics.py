@@ -136,6 +136,7 @@ def test_statistics_equal_loops(name):
         assert abs(np.mean([np.mean(half[key]) for half in halves]) - found[key]) > 1e-3
 
 
+@pytest.mark.costly
 def test_a_graph_made_before_the_call_counts_each_sequence():
     layer = built(layer_of(edge_weight="exponential"))
     x, real = make_inputs(), np.arange(LENGTH)[None] < np.array([[LENGTH], [9]])
@@ -219,6 +220,7 @@ SIZES = {
 }
 
 
+@pytest.mark.costly
 def test_layers_of_a_backbone_that_walk():
     token_ids = np.random.default_rng(5).integers(0, 29, (BATCH, LENGTH)).astype("int32")
     inputs = {"token_ids": token_ids, "padding_mask": np.ones((BATCH, LENGTH), "int32")}
