@@ -84,7 +84,8 @@ def convert(
     if not conversion.walk_weights(backbone):
         for layer in conversion.attention_layers(new):
             if isinstance(layer, WalkingAttention) and layer.walk.hop_weights is not None:
-                layer.walk.hop_weights.assign(keras.ops.zeros_like(layer.walk.hop_weights))
+                weights = layer.walk.hop_weights
+                weights.assign(keras.ops.zeros(weights.shape, weights.dtype))
     if backbone is model:
         return new
     task = _ours(model)
