@@ -31,7 +31,8 @@ class WithWalk(keras.layers.Layer):
 
     def save_own_variables(self, store: Any) -> None:
         if self.walk.weights:
-            # A stock layer refuses a file with something that it has no place for.
+            # A stock layer refuses what it has no place for. (Keras forgets that where it meets the
+            # layer a second time: a file then loads without the walk.)
             store["walk_weights"] = ops.convert_to_numpy(len(self.walk.weights))
 
     def load_own_variables(self, store: Any) -> None:
@@ -49,7 +50,7 @@ class SelfAttention(WithWalk):
     It stands in front of that layer's class, and gives it another `call`.
     """
 
-    def add_walk(
+    def _add_walk(
         self,
         options: Options,
         tuning: Tuning,

@@ -246,7 +246,7 @@ class RWRAttention(SelfAttention, keras.layers.MultiHeadAttention):
             seed=seed,
             **kwargs,
         )
-        self.add_walk(
+        self._add_walk(
             options,
             tuning,
             heads=num_heads,
@@ -386,7 +386,7 @@ class RWRGroupedQueryAttention(SelfAttention, keras.layers.GroupQueryAttention):
             seed=seed,
             **kwargs,
         )
-        self.add_walk(
+        self._add_walk(
             options,
             tuning,
             heads=num_query_heads,

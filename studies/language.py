@@ -30,6 +30,7 @@ import numpy as np
 from keras import ops
 
 from keras_rwr.ablation import STEPS
+from studies.arguments import DEFAULTS as ABLATION
 from studies.arguments import (
     DTYPES,
     INTEGERS,
@@ -44,26 +45,13 @@ from studies.data import CHOICES, UsageError, batch_rows, cut_blocks, prepare_to
 from studies.language_models import PLAIN, build_model, walk_options
 from studies.report import as_png, markdown, new_figure, replace_file
 from studies.training import make_optimizer
-from studies.workers import RunLog, read_losses, verbosity
+from studies.workers import RunLog, read_losses, read_results, verbosity
 
+# Those of the ablation, where they mean something here.
 DEFAULTS = {
-    "dataset": "embedded",
-    "validation_dataset": None,
-    "vocabulary": None,
-    "dtype": "float32",
-    "layers": 2,
-    "width": 64,
-    "heads": 2,
-    "context": 256,
-    "vocabulary_size": 512,
-    "dropout": 0.0,
-    "batch_size": 4,
-    "training_steps": 500,
-    "evaluate_every": 100,
-    "validation_tokens": 8192,
+    **{x: y for x, y in ABLATION.items() if x not in ("dropout", "seeds", "rwr_window")},
     "learning_rate": 2e-3,
     "warmup_steps": 50,
-    "weight_decay": 0.1,
     "window": 32,
 }
 SLICES = ("far", "near", "new")
@@ -171,11 +159,6 @@ def slice_of(tokens, window):
 def folder_of(out, run):
     """Where a training writes to."""
     return out / f"{run['model'].replace(':', '-')}-seed{run['seed']}"
-
-
-def read_results(path):
-    """The lines of `results.jsonl`: dicts of a run and what was measured."""
-    return [json.loads(x) for x in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def intervals(out, rows):
@@ -323,7 +306,7 @@ def make_runs(given):
     Raises:
         UsageError: If an argument is outside its range.
     """
-    check_numbers(given)
+    check_numbers({**given, "dropout": 0.0})
     if given["window"] < 0:
         raise UsageError(f"`window` must be at least 0. Received: window={given['window']}")
     sizes = {name: given[name] for name in DEFAULTS}

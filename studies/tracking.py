@@ -35,7 +35,7 @@ from keras_rwr.ablation import STEPS, step_options
 from studies.arguments import add_rwr_flags, check_options, rwr_overrides
 from studies.data import UsageError
 from studies.report import STYLES, as_png, draw_line, markdown, new_figure, replace_file
-from studies.workers import verbosity
+from studies.workers import read_results, verbosity
 
 SIZES = {
     "hops": (4, "statements from a name to its literal, at most"),
@@ -231,11 +231,6 @@ def train(run, verbose=0):
 
 
 # --- results --------------------------------------------------------------------------------------
-
-
-def read_results(path):
-    """The lines of `results.jsonl`: dicts of a run and what was measured."""
-    return [json.loads(x) for x in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def write_report(folder, rows):

@@ -1,6 +1,7 @@
 """Processes that train one model each, and what they write down: losses, checkpoints, memory."""
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -158,6 +159,11 @@ def read_losses(path):
             }
             for row in csv.DictReader(file)
         ]
+
+
+def read_results(path):
+    """The lines of `results.jsonl`: dicts of a run and what was measured."""
+    return [json.loads(x) for x in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def peak_device_memory_mb():

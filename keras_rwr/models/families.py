@@ -63,6 +63,7 @@ class Encoder(MultiHead):
                 "`attention_mask` must be `None`: pass `padding_mask`. "
                 f"Received: attention_mask of shape {tuple(attention_mask.shape)}"
             )
+        # Keras's own masks are in it: the block has merged them.
         mask = None if attention_mask is None else ops.swapaxes(attention_mask, 1, 2)
         return self.attend(query, mask, None, None, training)
 
