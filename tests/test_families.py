@@ -69,7 +69,7 @@ SIZES = {
         "rope_theta": 1e4,
         "partial_rotary_factor": 1.0,
     },
-    "Gemma": {**GEMMA, "query_head_dim_normalize": False},
+    "Gemma": GEMMA,
     "Gemma3": {**GEMMA, "image_size": 16},
 }
 # The window holds everything and the walk is off: the stock model.

@@ -155,9 +155,6 @@ class Gemma(WalkingAttention):
         query, key = self.query_dense(x), self.key_dense(x)
         if getattr(self, "use_query_key_norm", False):
             query, key = self.query_norm(query), self.key_norm(key)
-        if not self.query_head_dim_normalize:  # LOCAL divides by the root of the head's size
-            size = self.hidden_dim // self.num_query_heads
-            query = query * ops.cast((self.head_dim / size) ** 0.5, query.dtype)
         return self._apply_rope(query, start), self._apply_rope(key, start), self.value_dense(x)
 
     def join(self, heads: Tensor, training: bool | None) -> Tensor:
